@@ -1,0 +1,85 @@
+"""LayerNorm, a linear projection and optionally GELU-tanh in one GEMM.
+
+    out = rstd · (x · W'ᵀ − mean · c) + b'        W' = round(W · diag(γ)), c = rowsum(W'), b' = W·β + b
+
+which is LN(x)·Wᵀ + b with the affine LayerNorm folded into the weights: the main loop is a plain GEMM on the raw
+residual stream, the normalisation is four instructions of the epilogue. c has to be summed from the rounded W', or
+mean · c would not cancel what the mean contributes to x · W'ᵀ.
+
+x [M, K], W' [N, K], out [M, N] in bf16, fp16 or fp32; c, b' [N] and the row moments (see moments.py) in fp32.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .gemm import device_guard, gelu_tanh, gemm_config, gemm_grid, input_precision, main_loop, tile_indices
+from .moments import read_moments
+
+
+@triton.jit
+def _layernorm_linear_kernel(
+    x_ptr,
+    moments_ptr,
+    w_ptr,
+    colsum_ptr,
+    bias_ptr,
+    out_ptr,
+    M,
+    eps,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    GELU: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    rows, columns = tile_indices(M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    # [BLOCK_M, BLOCK_N]
+    acc = main_loop(x_ptr, w_ptr, rows, columns, M, N, K, K, INPUT_PRECISION, BLOCK_M, BLOCK_N, BLOCK_K)
+    # [BLOCK_M]
+    mean, rstd = read_moments(moments_ptr, rows, M, K, eps)
+    # [BLOCK_N]
+    colsum = tl.load(colsum_ptr + columns, mask=columns < N, other=0.0)
+    bias = tl.load(bias_ptr + columns, mask=columns < N, other=0.0)
+    out = rstd[:, None] * (acc - mean[:, None] * colsum[None, :]) + bias[None, :]
+    if GELU:
+        out = gelu_tanh(out)
+    mask = (rows[:, None] < M) & (columns[None, :] < N)
+    tl.store(out_ptr + rows[:, None] * N + columns[None, :], out.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def layernorm_linear(
+    x: torch.Tensor,
+    moments: torch.Tensor,
+    weight: torch.Tensor,
+    colsum: torch.Tensor,
+    bias: torch.Tensor,
+    eps: float,
+    gelu: bool = False,
+    config: dict[str, int] | None = None,
+) -> torch.Tensor:
+    """`[..., K]` → `[..., N]`."""
+    N, K = weight.shape
+    M = x.numel() // K
+    out = torch.empty((*x.shape[:-1], N), dtype=x.dtype, device=x.device)
+    config = config or gemm_config(x.dtype)
+    with device_guard(x):
+        _layernorm_linear_kernel[gemm_grid(M, N, config)](
+            x,
+            moments,
+            weight,
+            colsum,
+            bias,
+            out,
+            M,
+            eps,
+            N=N,
+            K=K,
+            GELU=gelu,
+            INPUT_PRECISION=input_precision(x.dtype),
+            **config,
+        )
+    return out

@@ -1,0 +1,58 @@
+"""Row moments: what lets LayerNorm ride along in the kernels before and after it.
+
+Whoever writes the residual stream also writes, for each row and each block of 64 columns, the mean and M2 (the
+sum of squared deviations from that mean) of the values as stored, in fp32, layout `[M, 2, ceil(D / 64)]`. Whoever
+reads the stream merges them by the parallel variance of Chan, Golub & LeVeque (1979):
+mean = Σ nᵢ·meanᵢ / D and M2 = Σ M2ᵢ + Σ nᵢ·(meanᵢ − mean)². Never E[x²] − μ², which cancels where |μ| ≫ σ.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+MOMENT_BLOCK = tl.constexpr(64)
+
+
+@triton.jit
+def write_moments(
+    moments_ptr, x, rows, columns, M, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """Write the moments of the fp32 tile `x [BLOCK_M, BLOCK_N]`; BLOCK_N is a multiple of 64."""
+    BLOCKS: tl.constexpr = BLOCK_N // MOMENT_BLOCK
+    ROW_BLOCKS: tl.constexpr = (D + MOMENT_BLOCK - 1) // MOMENT_BLOCK
+    # [BLOCK_M, BLOCKS, 64]
+    x = tl.reshape(x, [BLOCK_M, BLOCKS, MOMENT_BLOCK])
+    # [BLOCKS]
+    block = tl.min(columns, axis=0) // MOMENT_BLOCK + tl.arange(0, BLOCKS)
+    count = tl.minimum(D - block * MOMENT_BLOCK, MOMENT_BLOCK)
+    # [1, BLOCKS, 64]
+    inside = (tl.arange(0, MOMENT_BLOCK)[None, :] < count[:, None])[None, :, :]
+    # [BLOCK_M, BLOCKS]
+    mean = tl.sum(tl.where(inside, x, 0.0), axis=2) / tl.maximum(count, 1)[None, :].to(tl.float32)
+    deviation = tl.where(inside, x - mean[:, :, None], 0.0)
+    m2 = tl.sum(deviation * deviation, axis=2)
+    ptrs = moments_ptr + rows[:, None] * (2 * ROW_BLOCKS) + block[None, :]
+    mask = (rows[:, None] < M) & (block[None, :] < ROW_BLOCKS)
+    tl.store(ptrs, mean, mask=mask)
+    tl.store(ptrs + ROW_BLOCKS, m2, mask=mask)
+
+
+@triton.jit
+def read_moments(moments_ptr, rows, M, D: tl.constexpr, eps):
+    """Mean and 1/√(variance + eps) of each row, fp32 `[BLOCK_M]` each."""
+    ROW_BLOCKS: tl.constexpr = (D + MOMENT_BLOCK - 1) // MOMENT_BLOCK
+    block = tl.arange(0, triton.next_power_of_2(ROW_BLOCKS))
+    count = tl.maximum(tl.minimum(D - block * MOMENT_BLOCK, MOMENT_BLOCK), 0).to(tl.float32)
+    # [BLOCK_M, next_power_of_2(ROW_BLOCKS)]
+    ptrs = moments_ptr + rows[:, None] * (2 * ROW_BLOCKS) + block[None, :]
+    mask = (rows[:, None] < M) & (block[None, :] < ROW_BLOCKS)
+    means = tl.load(ptrs, mask=mask, other=0.0)
+    m2 = tl.load(ptrs + ROW_BLOCKS, mask=mask, other=0.0)
+    mean = tl.sum(means * count[None, :], axis=1) / D
+    delta = means - mean[:, None]
+    variance = (tl.sum(m2, axis=1) + tl.sum(delta * delta * count[None, :], axis=1)) / D
+    return mean, tl.rsqrt(variance + eps)
+
+
+def empty_moments(rows: int, D: int, device: torch.device) -> torch.Tensor:
+    return torch.empty((rows, 2, triton.cdiv(D, MOMENT_BLOCK.value)), dtype=torch.float32, device=device)

@@ -1,0 +1,105 @@
+"""Patch embedding: a strided convolution as an implicit GEMM, plus bias, position embedding and row moments.
+
+    tokens[b, n] = W · patch(b, n) + bias + position[n]        n = row-major over the grid of whole patches
+
+pixel_values [B, C, H, W] of any float dtype and any strides (cast to the weights' dtype in registers, as the stock
+model casts before its convolution); W [D, C·p·p] is the convolution's weight, flattened; bias [D]; position [N, D];
+tokens [B, N, D]. Pixels beyond the last whole patch are dropped. moments fp32 [B·N, 2, ceil(D / 64)] of the tokens.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .gemm import device_guard, gemm_config, gemm_grid, input_precision, tile_indices
+from .moments import empty_moments, write_moments
+
+
+@triton.jit
+def _patch_embed_kernel(
+    pixels_ptr,
+    w_ptr,
+    bias_ptr,
+    position_ptr,
+    out_ptr,
+    moments_ptr,
+    M,
+    stride_b,
+    D: tl.constexpr,
+    K: tl.constexpr,
+    TOKENS: tl.constexpr,
+    GRID_W: tl.constexpr,
+    PATCH: tl.constexpr,
+    STRIDE_C: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    rows, columns = tile_indices(M, D, BLOCK_M, BLOCK_N, GROUP_M)
+    row = tl.minimum(rows, M - 1)
+    column = tl.minimum(columns, D - 1)
+    token = row % TOKENS
+    # [BLOCK_M]: where each patch begins
+    patch = (
+        row // TOKENS * stride_b + token // GRID_W * (PATCH * STRIDE_H) + token % GRID_W * (PATCH * STRIDE_W)
+    )
+    acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+    for start in range(0, K, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        # [BLOCK_K]: k runs over (channel, row, column) of a patch, as the convolution's weight does
+        inside = k // (PATCH * PATCH) * STRIDE_C + k // PATCH % PATCH * STRIDE_H + k % PATCH * STRIDE_W
+        # [BLOCK_M, BLOCK_K]
+        pixels = tl.load(pixels_ptr + patch[:, None] + inside[None, :], mask=(k < K)[None, :], other=0.0)
+        # [BLOCK_K, BLOCK_N]
+        w = tl.load(w_ptr + column[None, :] * K + k[:, None], mask=(k < K)[:, None], other=0.0)
+        acc = tl.dot(pixels.to(w.dtype), w, acc, input_precision=INPUT_PRECISION)
+    acc += tl.load(bias_ptr + columns, mask=columns < D, other=0.0).to(tl.float32)[None, :]
+    mask = (rows[:, None] < M) & (columns[None, :] < D)
+    position = tl.load(position_ptr + token[:, None] * D + columns[None, :], mask=mask, other=0.0)
+    out = (acc + position.to(tl.float32)).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + rows[:, None] * D + columns[None, :], out, mask=mask)
+    write_moments(moments_ptr, out.to(tl.float32), rows, columns, M, D, BLOCK_M, BLOCK_N)
+
+
+def patch_embed(
+    pixel_values: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    position: torch.Tensor,
+    patch_size: int,
+    config: dict[str, int] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`[B, C, H, W]` → `[B, N, D]` and its moments."""
+    B, _, _, width = pixel_values.shape
+    D, K = weight.shape
+    N = position.shape[0]
+    stride_b, stride_c, stride_h, stride_w = pixel_values.stride()
+    out = torch.empty((B, N, D), dtype=weight.dtype, device=weight.device)
+    moments = empty_moments(B * N, D, weight.device)
+    config = config or gemm_config(weight.dtype)
+    with device_guard(pixel_values):
+        _patch_embed_kernel[gemm_grid(B * N, D, config)](
+            pixel_values,
+            weight,
+            bias,
+            position,
+            out,
+            moments,
+            B * N,
+            stride_b,
+            D=D,
+            K=K,
+            TOKENS=N,
+            GRID_W=width // patch_size,
+            PATCH=patch_size,
+            STRIDE_C=stride_c,
+            STRIDE_H=stride_h,
+            STRIDE_W=stride_w,
+            INPUT_PRECISION=input_precision(weight.dtype),
+            **config,
+        )
+    return out, moments

@@ -1,0 +1,8 @@
+"""Packaging: `kernels/` is installed as `siglip_fast.kernels` (a top-level `kernels` would shadow Hugging Face's)."""
+
+from setuptools import setup
+
+setup(
+    packages=["siglip_fast", "siglip_fast.backends", "siglip_fast.kernels"],
+    package_dir={"siglip_fast.kernels": "kernels"},
+)

@@ -1,0 +1,52 @@
+"""Which backend runs on a device.
+
+auto     triton on CUDA and ROCm devices, cpu on CPUs
+triton   the fused kernels; on CPU tensors only where Triton itself can run them (its interpreter)
+cpu      the CPU backend; for now the same code as torch
+torch    plain torch: the reference and fallback, any device
+"""
+
+import functools
+import importlib
+import importlib.util
+from types import ModuleType
+
+import torch
+
+NAMES = ("auto", "triton", "cpu", "torch")
+
+
+def backend_for(name: str, device: torch.device) -> tuple[str | None, str | None]:
+    """The backend that `name` stands for on `device`, or None and the reason why there is none.
+
+    Raises RuntimeError where `triton` was asked for by name and cannot run on `device`.
+    """
+    if name == "auto":
+        if device.type not in ("cuda", "cpu"):
+            return None, f"no backend for device type {device.type}"
+        name = "triton" if device.type == "cuda" else "cpu"
+        reason = _triton_unavailable(device) if name == "triton" else None
+        return (None, reason) if reason else (name, None)
+    if name == "triton" and (reason := _triton_unavailable(device)):
+        raise RuntimeError(f"backend='triton' cannot run on {device}: {reason}")
+    return name, None
+
+
+def load(name: str) -> ModuleType:
+    """The module that implements the operations for a backend's name."""
+    return importlib.import_module(f"siglip_fast.backends.{'torch' if name == 'cpu' else name}")
+
+
+@functools.cache
+def _triton_unavailable(device: torch.device) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    if device.type == "cuda":
+        if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+            return "the device's compute capability is below 8.0"
+        return None
+    import triton
+
+    if device.type == "cpu" and triton.knobs.runtime.interpret:
+        return None
+    return f"Triton has no {device.type} target (on CPU tensors it runs only with TRITON_INTERPRET=1)"

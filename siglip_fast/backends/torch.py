@@ -1,0 +1,49 @@
+"""The operations in plain torch: reference and fallback. Their contracts are in `siglip_fast.ops`.
+
+LayerNorm reads the rows themselves here, so no moments are carried (they are None).
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def patch_embed(pixel_values, patch, position):
+    p = patch.patch_size
+    weight = patch.weight
+    pixel_values = pixel_values.to(weight.dtype)
+    B, C, height, width = pixel_values.shape
+    rows, columns = height // p, width // p
+    # One GEMM over flattened patches: unlike a convolution's, its result is contiguous along the channels.
+    patches = pixel_values[:, :, : rows * p, : columns * p].reshape(B, C, rows, p, columns, p)
+    patches = patches.permute(0, 2, 4, 1, 3, 5).reshape(B, rows * columns, C * p * p)
+    return F.linear(patches, weight, patch.bias) + position, None
+
+
+def layernorm_linear(hidden_states, moments, linear, gelu):
+    normed = F.layer_norm(hidden_states, hidden_states.shape[-1:], eps=linear.eps)
+    out = F.linear(normed, linear.weight, linear.bias.to(hidden_states.dtype))
+    return F.gelu(out, approximate="tanh") if gelu else out
+
+
+def attention(qkv):
+    q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).contiguous()
+
+
+def linear_residual(x, linear, residual):
+    out = F.linear(x, linear.weight, linear.bias)
+    return out if residual is None else out + residual, None
+
+
+def layernorm(hidden_states, moments, norm):
+    return F.layer_norm(hidden_states, hidden_states.shape[-1:], norm.weight, norm.bias, norm.eps)
+
+
+def attention_pool(hidden_states, pool):
+    scores: Tensor = hidden_states.float() @ pool.scores.T
+    p = torch.softmax(scores, dim=1).to(hidden_states.dtype)
+    # [B, H, D] → [H, B, D] · [H, D, d] → [B, H·d]
+    pooled = (p.transpose(1, 2) @ hidden_states).transpose(0, 1)
+    weight = pool.value.weight.unflatten(0, (pooled.shape[0], -1))
+    return (pooled @ weight.transpose(1, 2)).transpose(0, 1).flatten(1) + pool.value.bias

@@ -1,0 +1,181 @@
+"""The drop-in: `transformers.SiglipVisionModel` with a fused inference forward."""
+
+import functools
+import logging
+import os
+from collections.abc import Callable, Iterator
+
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.siglip.configuration_siglip import SiglipVisionConfig
+
+from .backends.select import NAMES, backend_for
+from .forward import forward
+from .ops import DTYPES, Ops
+from .weights import Derived
+
+logger = logging.getLogger("siglip_fast")
+
+
+class SiglipVisionModel(transformers.SiglipVisionModel):
+    """`transformers.SiglipVisionModel` (same constructor, parameters, state dict and outputs), made fast.
+
+    A forward that needs no gradients runs on the fused operations of `siglip_fast.ops`. Where they do not apply, the
+    stock forward runs and the reason is logged once; `why_not` tells it beforehand.
+
+    Args:
+        config: as for the stock class.
+        backend: "auto", "triton", "cpu" or "torch" (`siglip_fast.backends`). Default: the environment variable
+            SIGLIP_FAST_BACKEND, else "auto".
+        strict: raise RuntimeError with the reason instead of running the stock forward.
+
+    Raises:
+        ValueError: the backend's name is unknown.
+    """
+
+    def __init__(self, config: SiglipVisionConfig, *, backend: str | None = None, strict: bool = False):
+        super().__init__(config)
+        self.backend = backend or os.environ.get("SIGLIP_FAST_BACKEND", "auto")
+        self.strict = strict
+        if self.backend not in NAMES:
+            raise ValueError(f"backend: expected one of {', '.join(NAMES)}, got {self.backend!r}")
+        self._derived: Derived | None = None
+
+    def forward(
+        self, pixel_values: Tensor, interpolate_pos_encoding: bool = False, **kwargs
+    ) -> BaseModelOutputWithPooling | tuple[Tensor, ...]:
+        """`pixel_values [B, C, H, W]` → `last_hidden_state [B, N, D]` and `pooler_output [B, D]` (None without head).
+
+        Keyword arguments, dtypes and the tuple form are those of the stock class.
+
+        Raises:
+            TypeError: pixel_values are no tensor.
+            ValueError: pixel_values have the wrong rank or channels, or a size that the position embedding does not
+                fit and `interpolate_pos_encoding` was not asked for.
+            RuntimeError: `strict` is set and the fused path does not apply, or the backend asked for cannot run here.
+        """
+        if torch.compiler.is_compiling():  # the stock forward is traced
+            return super().forward(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs)
+        if reason := next(self._reasons(pixel_values, kwargs), None):
+            if self.strict:
+                raise RuntimeError(f"the fused forward does not apply: {reason}")
+            _log_once(reason)
+            return super().forward(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs)
+        with torch.no_grad():
+            position = self._position(pixel_values, interpolate_pos_encoding)
+            if pixel_values.dtype not in DTYPES:
+                pixel_values = pixel_values.to(position.dtype)
+            ops = Ops(self.backend_for(pixel_values.device))
+            last_hidden_state, pooler_output = forward(ops, self._derived.weights, pixel_values, position)
+        output = BaseModelOutputWithPooling(last_hidden_state=last_hidden_state, pooler_output=pooler_output)
+        return_dict = kwargs.get("return_dict", getattr(self.config, "return_dict", True))
+        return output.to_tuple() if return_dict is False else output
+
+    def why_not(self, pixel_values: Tensor, interpolate_pos_encoding: bool = False, **kwargs) -> str | None:
+        """Every reason, joined by "; ", for which `forward(...)` would run the stock code here and now, or None."""
+        return "; ".join(self._reasons(pixel_values, kwargs)) or None
+
+    def backend_for(self, device: torch.device | str) -> str | None:
+        """The backend that runs for tensors on `device`: "triton", "cpu", "torch", or None where there is none."""
+        return backend_for(self.backend, torch.device(device))[0]
+
+    @property
+    def _tower(self) -> nn.Module:
+        return getattr(self, "vision_model", self)  # nested until transformers 5.6
+
+    def _reasons(self, pixel_values: Tensor, kwargs: dict) -> Iterator[str]:
+        """Cheap reasons first: the derived weights are looked at (and made) only where none of those holds."""
+        if not isinstance(pixel_values, Tensor):
+            raise TypeError(f"pixel_values: expected a torch.Tensor, got {type(pixel_values).__name__}")
+        yield from self._transform_reasons(pixel_values)
+        yield from self._request_reasons(kwargs)
+        weight = self._tower.embeddings.patch_embedding._parameters.get("weight")
+        if pixel_values.shape[0] == 0:
+            yield "the batch is empty"
+        if weight is not None and pixel_values.device != weight.device:
+            yield f"pixel_values are on {pixel_values.device}, the parameters on {weight.device}"
+        elif reason := backend_for(self.backend, pixel_values.device)[1]:
+            yield reason
+        if self._derived is None or not self._derived.mirrors_source():
+            self._derived = Derived(self._tower)
+        if self._derived.reason:
+            yield self._derived.reason
+        if reason := self._derived.intercepted(owner=self):
+            yield reason
+
+    def _transform_reasons(self, pixel_values: Tensor) -> Iterator[str]:
+        if torch.is_grad_enabled() and (
+            pixel_values.requires_grad or any(p.requires_grad for p in self.parameters())
+        ):
+            yield "gradients are needed (use torch.no_grad or torch.inference_mode for inference)"
+        if type(pixel_values.data) is not Tensor:
+            yield f"pixel_values are a {type(pixel_values).__name__}, not a plain tensor"
+        if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
+            yield "a torch.func transform or forward-mode differentiation is active"
+        if torch.is_autocast_enabled(pixel_values.device.type):
+            yield "autocast is active"
+        if torch.jit.is_tracing():
+            yield "torch.jit is tracing"
+
+    def _request_reasons(self, kwargs: dict) -> Iterator[str]:
+        for name in ("output_attentions", "output_hidden_states"):
+            if kwargs.get(name, getattr(self.config, name, False)):
+                yield f"{name} was asked for"
+        extra = [name for name, value in kwargs.items() if name not in _OWN_KWARGS and value is not None]
+        if extra:
+            yield f"the stock attention takes the keyword arguments {', '.join(extra)}"
+        attention = self.config._attn_implementation
+        if attention != "sdpa" and not str(attention).startswith("flash_attention"):
+            yield f"attention implementation {attention!r} was asked for"
+        if self.config.attention_dropout and any(m.training for m in self._tower.encoder.modules()):
+            yield "attention dropout is active"
+
+    def _position(self, pixel_values: Tensor, interpolate: bool) -> Tensor:
+        """The position embedding `[N, D]` for these images, whose shape it checks."""
+        embeddings = self._tower.embeddings
+        D, C, p, _ = embeddings.patch_embedding.weight.shape
+        if pixel_values.ndim != 4 or pixel_values.shape[1] != C:
+            raise ValueError(
+                f"pixel_values: expected shape [batch, {C}, height, width], got {list(pixel_values.shape)}"
+            )
+        height, width = pixel_values.shape[2:]
+        tokens = (height // p) * (width // p)
+        position = embeddings.position_embedding.weight
+        if tokens == 0:
+            raise ValueError(
+                f"pixel_values: expected at least one patch of {p}×{p} pixels, got {height}×{width}"
+            )
+        if interpolate:
+            return embeddings.interpolate_pos_encoding(
+                position.new_empty(()).expand(1, tokens, D), height, width
+            )[0]
+        if tokens != len(position):
+            raise ValueError(
+                f"pixel_values: {height}×{width} pixels are {tokens} patches of {p}×{p}, but the model has "
+                f"{len(position)} positions; expected images of {self.config.image_size}×{self.config.image_size} "
+                "or interpolate_pos_encoding=True"
+            )
+        return position
+
+    def train(self, mode: bool = True) -> "SiglipVisionModel":
+        if mode != self.training:
+            self._derived = None  # training needs the memory, and is about to change the weights
+        return super().train(mode)
+
+    def _apply(self, fn: Callable, *args, **kwargs) -> "SiglipVisionModel":
+        self._derived = None  # moved or cast: do not keep the old copies until the next forward
+        return super()._apply(fn, *args, **kwargs)
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_derived": None}  # copies and pickles make their own
+
+
+_OWN_KWARGS = ("return_dict", "output_attentions", "output_hidden_states")
+
+
+@functools.cache
+def _log_once(reason: str) -> None:
+    logger.warning("running the stock SiglipVisionModel forward: %s", reason)

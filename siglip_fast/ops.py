@@ -1,0 +1,155 @@
+"""The six operations of the SigLIP vision tower: their contracts, checked here once for every backend.
+
+B images, N tokens each, D hidden_size, H heads of head_dim d = D / H, p patch size. Every tensor of a call is on one
+device and of one dtype out of bfloat16, float16 and float32, except where float32 is stated. Inputs that are not
+contiguous are copied. Outputs are contiguous. A contract that is not met raises ValueError (shape) or TypeError
+(dtype, device), naming the argument, what it is and what was expected.
+
+`moments` are what LayerNorm needs to know of each row of the residual stream: for the triton backend float32
+`[B·N, 2, ceil(D / 64)]`, mean and M2 of each block of 64 channels (`siglip_fast.kernels.moments`); None for backends
+whose LayerNorm reads the rows. They belong to the hidden_states that they were returned with.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .backends.select import load
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+class PatchEmbedding(NamedTuple):
+    """`weight [D, C·p·p]` (a Conv2d's, flattened), `bias [D]`."""
+
+    weight: Tensor
+    bias: Tensor
+    patch_size: int
+
+
+class Linear(NamedTuple):
+    """`weight [out, in]`, `bias [out]`."""
+
+    weight: Tensor
+    bias: Tensor
+
+
+class NormedLinear(NamedTuple):
+    """LayerNorm folded into a Linear: `weight = round(W·diag(γ)) [out, in]`, and in float32
+    `colsum = rowsum(weight) [out]` and `bias = W·β + b [out]`."""
+
+    weight: Tensor
+    colsum: Tensor
+    bias: Tensor
+    eps: float
+
+
+class Norm(NamedTuple):
+    """LayerNorm's `weight [D]` and `bias [D]`."""
+
+    weight: Tensor
+    bias: Tensor
+    eps: float
+
+
+class Pool(NamedTuple):
+    """Attention pooling with a constant query: `scores = W_kᵀ q / √d` float32 `[H, D]`, value projection `[D, D]`."""
+
+    scores: Tensor
+    value: Linear
+
+
+class Ops:
+    """The operations on one backend: `Ops("torch")`, `Ops("cpu")` or `Ops("triton")`."""
+
+    def __init__(self, backend: str):
+        self._backend = load(backend)
+
+    def patch_embed(
+        self, pixel_values: Tensor, patch: PatchEmbedding, position: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """Tokens of whole patches, row-major: `W·patch + bias + position`, and their moments.
+
+        pixel_values `[B, C, H, W]`, any floating dtype and strides; position `[N, D]` with
+        N = (H // p)·(W // p). Returns `[B, N, D]` in the weights' dtype. Dosovitskiy et al. 2021, eq. 1.
+        """
+        D, K = patch.weight.shape
+        p = patch.patch_size
+        _check_shape("pixel_values", pixel_values, (None, K // (p * p), None, None))
+        if not pixel_values.is_floating_point():
+            raise TypeError(f"pixel_values: expected a floating dtype, got {pixel_values.dtype}")
+        tokens = (pixel_values.shape[2] // p) * (pixel_values.shape[3] // p)
+        _check_shape("position", position, (tokens, D))
+        _check_like("patch.weight", patch.weight, position=position, bias=patch.bias)
+        return self._backend.patch_embed(pixel_values, patch, position.contiguous())
+
+    def layernorm_linear(
+        self, hidden_states: Tensor, moments: Tensor | None, linear: NormedLinear, gelu: bool = False
+    ) -> Tensor:
+        """`LayerNorm(x)·Wᵀ + b`, then GELU-tanh if asked: `[..., in]` → `[..., out]`.
+
+        Ba, Kiros & Hinton 2016 (LayerNorm); Hendrycks & Gimpel 2016 (GELU, tanh form).
+        """
+        _check_shape("hidden_states", hidden_states, (..., linear.weight.shape[1]))
+        _check_like("hidden_states", hidden_states, weight=linear.weight)
+        return self._backend.layernorm_linear(hidden_states.contiguous(), moments, linear, gelu)
+
+    def attention(self, qkv: Tensor) -> Tensor:
+        """`softmax(q kᵀ / √d) v` per head: `[B, N, 3, H, d]` → `[B, N, H, d]`. Vaswani et al. 2017, eq. 1."""
+        _check_shape("qkv", qkv, (None, None, 3, None, None))
+        _check_like("qkv", qkv)
+        return self._backend.attention(qkv.contiguous())
+
+    def linear_residual(
+        self, x: Tensor, linear: Linear, residual: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """`x·Wᵀ + b + residual` and the moments of the result: `[..., in]`, `[..., out]` → `[..., out]`."""
+        _check_shape("x", x, (..., linear.weight.shape[1]))
+        _check_like("x", x, weight=linear.weight, bias=linear.bias)
+        if residual is not None:
+            _check_shape("residual", residual, (*x.shape[:-1], linear.weight.shape[0]))
+            _check_like("x", x, residual=residual)
+            residual = residual.contiguous()
+        return self._backend.linear_residual(x.contiguous(), linear, residual)
+
+    def layernorm(self, hidden_states: Tensor, moments: Tensor | None, norm: Norm) -> Tensor:
+        """`(x − mean) / √(variance + eps) · γ + β`: `[..., D]` → `[..., D]`. Ba, Kiros & Hinton 2016."""
+        _check_shape("hidden_states", hidden_states, (..., norm.weight.shape[0]))
+        _check_like("hidden_states", hidden_states, weight=norm.weight, bias=norm.bias)
+        return self._backend.layernorm(hidden_states.contiguous(), moments, norm)
+
+    def attention_pool(self, hidden_states: Tensor, pool: Pool) -> Tensor:
+        """Each head's value projection of the tokens, averaged with softmax weights of its scores.
+
+        `[B, N, D]` → `[B, D]`, heads side by side, before the output projection. Zhai et al. 2022 (MAP head),
+        with the constant query multiplied into the key projection.
+        """
+        D = pool.value.weight.shape[1]
+        _check_shape("hidden_states", hidden_states, (None, None, D))
+        _check_shape("pool.scores", pool.scores, (None, D))
+        _check_like("hidden_states", hidden_states, weight=pool.value.weight, bias=pool.value.bias)
+        return self._backend.attention_pool(hidden_states.contiguous(), pool)
+
+
+def _check_shape(name: str, tensor: Tensor, expected: tuple) -> None:
+    """`expected` holds sizes, None for any size, and possibly a leading `...` for any dimensions."""
+    shape, sizes = tuple(tensor.shape), expected
+    if sizes[0] is ...:
+        sizes = sizes[1:]
+        shape = shape[-len(sizes) :]
+    if len(shape) != len(sizes) or any(e is not None and s != e for s, e in zip(shape, sizes, strict=True)):
+        wanted = ", ".join("..." if e is ... else "any" if e is None else str(e) for e in expected)
+        raise ValueError(f"{name}: expected shape [{wanted}], got {list(tensor.shape)}")
+
+
+def _check_like(name: str, tensor: Tensor, **others: Tensor) -> None:
+    """All of a supported dtype, the same one, on the same device."""
+    if tensor.dtype not in DTYPES:
+        raise TypeError(f"{name}: expected bfloat16, float16 or float32, got {tensor.dtype}")
+    for other_name, other in others.items():
+        if other.dtype != tensor.dtype or other.device != tensor.device:
+            raise TypeError(
+                f"{other_name}: expected {tensor.dtype} on {tensor.device} as {name} is, "
+                f"got {other.dtype} on {other.device}"
+            )
