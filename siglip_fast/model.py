@@ -93,8 +93,6 @@ class SiglipVisionModel(transformers.SiglipVisionModel):
         yield from self._transform_reasons(pixel_values)
         yield from self._request_reasons(kwargs)
         weight = self._tower.embeddings.patch_embedding._parameters.get("weight")
-        if pixel_values.shape[0] == 0:
-            yield "the batch is empty"
         if weight is not None and pixel_values.device != weight.device:
             yield f"pixel_values are on {pixel_values.device}, the parameters on {weight.device}"
         elif reason := backend_for(self.backend, pixel_values.device)[1]:
@@ -111,11 +109,12 @@ class SiglipVisionModel(transformers.SiglipVisionModel):
             pixel_values.requires_grad or any(p.requires_grad for p in self.parameters())
         ):
             yield "gradients are needed (use torch.no_grad or torch.inference_mode for inference)"
-        if type(pixel_values.data) is not Tensor:
+        if type(pixel_values) not in (Tensor, nn.Parameter, nn.Buffer):
             yield f"pixel_values are a {type(pixel_values).__name__}, not a plain tensor"
         if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
             yield "a torch.func transform or forward-mode differentiation is active"
-        if torch.is_autocast_enabled(pixel_values.device.type):
+        device_type = pixel_values.device.type
+        if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
             yield "autocast is active"
         if torch.jit.is_tracing():
             yield "torch.jit is tracing"
@@ -137,9 +136,10 @@ class SiglipVisionModel(transformers.SiglipVisionModel):
         """The position embedding `[N, D]` for these images, whose shape it checks."""
         embeddings = self._tower.embeddings
         D, C, p, _ = embeddings.patch_embedding.weight.shape
-        if pixel_values.ndim != 4 or pixel_values.shape[1] != C:
+        if pixel_values.ndim != 4 or pixel_values.shape[1] != C or len(pixel_values) == 0:
             raise ValueError(
-                f"pixel_values: expected shape [batch, {C}, height, width], got {list(pixel_values.shape)}"
+                f"pixel_values: expected shape [batch, {C}, height, width] with at least one image, "
+                f"got {list(pixel_values.shape)}"
             )
         height, width = pixel_values.shape[2:]
         tokens = (height // p) * (width // p)

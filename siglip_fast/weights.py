@@ -99,7 +99,7 @@ class Derived:
 
 
 def _scalars(module: nn.Module) -> tuple:
-    return module.__dict__.get("eps"), module.__dict__.get("scale")
+    return tuple(map(module.__dict__.get, ("eps", "scale", "stride")))
 
 
 def _is_active(hook) -> bool:

@@ -1,0 +1,49 @@
+"""Where Triton runs in this session, and what every test gets: NaN in memory that nobody wrote."""
+
+import os
+
+import pytest
+import torch
+
+# A GPU, or ttsem, which says of every tensor that it is on one.
+ON_GPU = torch.cuda.is_available() or torch.empty(0).is_cuda
+DEVICE = "cuda" if ON_GPU else "cpu"
+if not ON_GPU:
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton
+
+
+@pytest.fixture
+def device() -> str:
+    return DEVICE
+
+
+@pytest.fixture(params=["torch", "cpu", "triton"])
+def backend(request) -> str:
+    return request.param
+
+
+@pytest.fixture(params=[torch.float32, torch.float16, torch.bfloat16], ids=["fp32", "fp16", "bf16"])
+def dtype(request) -> torch.dtype:
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def interpreter_has_no_bf16(request):
+    values = request.node.callspec.params if hasattr(request.node, "callspec") else {}
+    if not ON_GPU and values.get("backend") == "triton" and values.get("dtype") == torch.bfloat16:
+        pytest.skip("Triton's interpreter multiplies bf16 wrongly: run under ttsem or on a GPU")
+
+
+@pytest.fixture(autouse=True)
+def poison_empty(monkeypatch):
+    """`torch.empty` returns NaN, so that an output element which a kernel forgets fails its test."""
+
+    def poisoned(make):
+        def wrapper(*args, **kwargs):
+            tensor = make(*args, **kwargs)
+            return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+
+        return wrapper
+
+    for name in ("empty", "empty_like"):
+        monkeypatch.setattr(torch, name, poisoned(getattr(torch, name)))

@@ -1,0 +1,47 @@
+"""linear_residual against Linear plus residual in float64, and the moments that it leaves."""
+
+import pytest
+import reference
+import torch
+from torch.nn import functional as F
+
+from siglip_fast.ops import Linear, Ops
+
+SHAPES = [  # M, K, N
+    pytest.param(1, 768, 768, id="B16-one-row"),
+    pytest.param(197, 3072, 768, id="B16-fc2"),
+    pytest.param(129, 4304, 1152, id="So400m-fc2"),
+    pytest.param(130, 1536, 1536, id="giant-out_proj"),
+    pytest.param(3, 72, 100, id="N-and-K-no-multiples-of-64"),
+    pytest.param(131, 36, 40, id="narrower-than-a-moment-block"),
+]
+
+
+@pytest.mark.parametrize("with_residual", [True, False], ids=["residual", "no-residual"])
+@pytest.mark.parametrize("M, K, N", SHAPES)
+def test_accuracy(M, K, N, with_residual, dtype, backend, device):
+    torch.manual_seed(M + K + N)
+    x = torch.randn(M, K).to(device, dtype)
+    linear = Linear((torch.randn(N, K) * K**-0.5).to(device, dtype), torch.randn(N).to(device, dtype))
+    linear.weight[:, -1] *= 8
+    residual = reference.outliers(M, N).to(device, dtype) if with_residual else None
+    out, moments = Ops(backend).linear_residual(x, linear, residual)
+    expected, same_dtype = reference.linear(x, *linear), F.linear(x, *linear)
+    if with_residual:
+        expected, same_dtype = expected + residual.double(), same_dtype + residual
+    reference.assert_accurate(out, expected, same_dtype)
+    if backend == "triton":
+        # of the values as stored: in 16 bits, the moments of the unrounded sum would miss this by far
+        assert reference.relative_error(moments, reference.moments(out)) < 1e-6
+        m2 = moments[:, 1], reference.moments(out)[:, 1]
+        assert reference.relative_error(*m2) < 1e-5
+    else:
+        assert moments is None
+
+
+def test_moments_survive_a_large_mean(device):
+    """E[x²] − μ² in fp32 would have no correct digit here: σ² = 1, μ² = 10⁸."""
+    linear = Linear(torch.eye(128).to(device), torch.zeros(128).to(device))
+    x = (torch.randn(5, 128) + 1e4).to(device)
+    _, moments = Ops("triton").linear_residual(x, linear, None)
+    assert reference.relative_error(moments[:, 1], reference.moments(x)[:, 1]) < 1e-3

@@ -1,0 +1,89 @@
+"""What importing and installing the package does, and does not do."""
+
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(code: str, cwd: Path, *options: str) -> str:
+    """Output of a fresh interpreter."""
+    command = [sys.executable, *options, "-c", code]
+    return subprocess.run(command, cwd=cwd, check=True, capture_output=True, text=True).stdout
+
+
+def test_import_is_light(tmp_path):
+    loaded = run("import siglip_fast, sys; print(*sys.modules)", tmp_path).split()
+    assert "siglip_fast" in loaded
+    assert not {"torch", "triton", "torchvision", "transformers"} & set(loaded)
+
+
+def test_works_without_triton_and_torchvision_and_gpu(tmp_path):
+    """Importing either, or asking CUDA for anything, would fail the run."""
+    run(
+        """
+import sys
+sys.modules["triton"] = sys.modules["torchvision"] = None  # as if not installed
+import torch
+torch.cuda.init = torch.cuda._lazy_init = lambda: 1 / 0
+from siglip_fast import SiglipVisionModel
+from transformers import SiglipVisionConfig
+config = SiglipVisionConfig(hidden_size=32, num_attention_heads=2, intermediate_size=64, image_size=32)
+with torch.no_grad():
+    SiglipVisionModel(config, strict=True)(torch.randn(1, 3, 32, 32))
+""",
+        tmp_path,
+    )
+
+
+def test_transformers_and_torch_are_untouched(tmp_path):
+    run(
+        """
+import torch, transformers
+from transformers.models.siglip import modeling_siglip
+before = dict(vars(modeling_siglip)), dict(vars(modeling_siglip.SiglipVisionModel)), dict(vars(torch.nn.LayerNorm))
+layernorm, mapped = torch.nn.LayerNorm, transformers.AutoModel._model_mapping[transformers.SiglipVisionConfig]
+import siglip_fast
+siglip_fast.SiglipVisionModel
+assert before == (
+    dict(vars(modeling_siglip)), dict(vars(modeling_siglip.SiglipVisionModel)), dict(vars(torch.nn.LayerNorm))
+)
+assert torch.nn.LayerNorm is layernorm
+assert transformers.AutoModel._model_mapping[transformers.SiglipVisionConfig] is mapped
+""",
+        tmp_path,
+    )
+
+
+def test_kernels_are_not_a_top_level_package(tmp_path):
+    output = run(
+        "import siglip_fast.kernels, importlib.util as u; print(u.find_spec('kernels'), siglip_fast.kernels.__name__)",
+        tmp_path,
+    )
+    assert output.split() == ["None", "siglip_fast.kernels"] or "site-packages/kernels" in output
+
+
+@pytest.mark.slow
+def test_wheel(tmp_path):
+    """Built from the checkout; needs the network for setuptools unless it is installed."""
+    subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", "--no-deps", "-w", tmp_path, str(ROOT)],
+        check=True,
+        cwd=tmp_path,
+    )
+    (wheel,) = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert "siglip_fast/kernels/attention.py" in names and "siglip_fast/backends/torch.py" in names
+    assert {name.split("/")[0] for name in names if "dist-info" not in name} == {"siglip_fast"}
+
+
+def test_version_is_stated_once():
+    import siglip_fast
+
+    declared = re.search(r'^version = "(.*)"', (ROOT / "pyproject.toml").read_text(), re.M)[1]
+    assert siglip_fast.__version__ == declared

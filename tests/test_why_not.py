@@ -1,0 +1,278 @@
+"""Right or delegated: everything that the fused path does not compute runs as stock's, for a reason that is told."""
+
+import copy
+import logging
+import re
+
+import pytest
+import torch
+import transformers
+from models import TINY, drop_in, stock_model
+from packaging.version import Version
+from torch import nn
+from transformers import SiglipVisionConfig
+
+from siglip_fast import model as model_module
+
+
+@pytest.fixture
+def stock():
+    return stock_model(SiglipVisionConfig(**TINY), "sdpa")
+
+
+@pytest.fixture
+def pixels():
+    torch.manual_seed(1)
+    return torch.randn(2, 3, 24, 24)
+
+
+def tower(model):
+    return getattr(model, "vision_model", model)
+
+
+def layer(model):
+    return tower(model).encoder.layers[1]
+
+
+class DoubledLinear(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def double_linear(model):
+    old = layer(model).self_attn.out_proj
+    layer(model).self_attn.out_proj = DoubledLinear(64, 64)
+    layer(model).self_attn.out_proj.load_state_dict(old.state_dict())
+
+
+def forward_hook(model):
+    layer(model).register_forward_hook(lambda module, args, output: output + 1)
+
+
+def pre_hook(model):
+    layer(model).mlp.fc1.register_forward_pre_hook(lambda module, args: (args[0] + 1,))
+
+
+def hook_on_embeddings(model):
+    tower(model).embeddings.register_forward_hook(lambda module, args, output: output + 1)
+
+
+def replaced_forward(model):
+    module = tower(model).post_layernorm
+    module.forward = lambda x: nn.LayerNorm.forward(module, x) + 1
+
+
+def no_bias(model):
+    layer(model).mlp.fc2.bias = None
+
+
+def other_activation(model):
+    layer(model).mlp.activation_fn = nn.ReLU()
+
+
+def other_scale(model):
+    layer(model).self_attn.scale = 1.0
+
+
+def parametrization(model):
+    class Triple(nn.Module):
+        def forward(self, x):
+            return 3 * x
+
+    torch.nn.utils.parametrize.register_parametrization(layer(model).mlp.fc1, "weight", Triple())
+
+
+def wide_stride(model):
+    tower(model).embeddings.patch_embedding.stride = (7, 7)
+
+
+def shuffled_positions(model):
+    tower(model).embeddings.position_ids = torch.arange(9).flip(0)[None]
+
+
+def eager_by_name(model):
+    model.config._attn_implementation = "eager"
+
+
+def wider_patch(model):
+    # four channels: the drop-in follows the module, not the config
+    torch.manual_seed(3)
+    tower(model).embeddings.patch_embedding = nn.Conv2d(3, 64, 8, 8, groups=1, padding=0, bias=False)
+
+
+CHANGES = {
+    double_linear: "out_proj is a DoubledLinear, not a Linear",
+    forward_hook: "a SiglipEncoderLayer has forward hooks",
+    pre_hook: "a Linear has forward hooks",
+    hook_on_embeddings: "a SiglipVisionEmbeddings has forward hooks",
+    replaced_forward: "the forward of a LayerNorm is replaced",
+    no_bias: "fc2 lacks a weight or a bias",
+    other_activation: "activation_fn is a ReLU",
+    other_scale: "scale is not 1 / √head_dim",
+    parametrization: "fc1 is a ParametrizedLinear",
+    wide_stride: "not a convolution over disjoint patches",
+    shuffled_positions: "position_ids are not 0, 1, 2",
+    eager_by_name: "attention implementation 'eager' was asked for",
+    wider_patch: "patch_embedding lacks a weight or a bias",
+}
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+@torch.no_grad()
+def test_changed_models_delegate(change, when, stock, pixels):
+    """Also where the change comes after a fused forward."""
+    ours = drop_in(stock)
+    if when == "after":
+        ours(pixels)
+    change(stock)
+    change(ours)
+    assert CHANGES[change] in ours.why_not(pixels)
+    assert torch.equal(ours(pixels).last_hidden_state, stock(pixels).last_hidden_state)
+
+
+def test_global_hooks_delegate(stock, pixels):
+    ours = drop_in(stock)
+    with torch.no_grad():
+        handle = nn.modules.module.register_module_forward_hook(lambda module, args, output: None)
+        try:
+            assert "global module hooks" in ours.why_not(pixels)
+        finally:
+            handle.remove()
+        assert ours.why_not(pixels) is None
+
+
+CALLS = {
+    "output_attentions": {"output_attentions": True},
+    "output_hidden_states": {"output_hidden_states": True},
+    "hidden_states_by_index": {"output_hidden_states": [1]},
+    "attention_mask": {"attention_mask": torch.zeros(2, 1, 9, 9).index_fill_(3, torch.tensor([0]), -1e4)},
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+@torch.no_grad()
+def test_calls_that_ask_for_more_delegate(name, stock, pixels):
+    if name == "hidden_states_by_index" and Version(transformers.__version__) < Version("5.6"):
+        pytest.skip("transformers selects hidden states by index only since a later version")
+    ours = drop_in(stock)
+    ours(pixels)
+    expected, actual = stock(pixels, **CALLS[name]), ours(pixels, **CALLS[name])
+    assert ours.why_not(pixels, **CALLS[name])
+    assert actual.keys() == expected.keys()
+    torch.testing.assert_close(actual.last_hidden_state, expected.last_hidden_state, atol=0, rtol=0)
+    torch.testing.assert_close(actual.get("hidden_states"), expected.get("hidden_states"), atol=0, rtol=0)
+    # and the plain call after it is fused again
+    assert ours.why_not(pixels) is None
+    torch.testing.assert_close(ours(pixels)[:], stock(pixels)[:], atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_config_that_asks_for_hidden_states_delegates(stock, pixels):
+    ours = drop_in(stock)
+    ours.config.output_hidden_states = True
+    assert "output_hidden_states" in ours.why_not(pixels)
+    assert len(ours(pixels).hidden_states) == 3
+
+
+@torch.no_grad()
+def test_autocast_delegates(stock, pixels):
+    ours = drop_in(stock)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert "autocast" in ours.why_not(pixels)
+        assert ours(pixels).pooler_output.dtype == stock(pixels).pooler_output.dtype
+
+
+@torch.no_grad()
+def test_attention_dropout_in_training_delegates(stock, pixels):
+    ours = drop_in(stock)
+    ours.config.attention_dropout = 0.5
+    assert ours.why_not(pixels) is None
+    ours.train()
+    assert "dropout" in ours.why_not(pixels)
+
+
+@torch.no_grad()
+def test_functional_call_delegates(stock, pixels):
+    ours = drop_in(stock)
+    ours(pixels)
+    weights = {name: 2 * parameter.detach() for name, parameter in ours.named_parameters()}
+    actual = torch.func.functional_call(ours, weights, (pixels,))
+    expected = torch.func.functional_call(stock, weights, (pixels,))
+    assert torch.equal(actual.pooler_output, expected.pooler_output)
+
+
+@torch.no_grad()
+def test_vmap_delegates(stock, pixels):
+    ours = drop_in(stock)
+    actual = torch.func.vmap(lambda x: ours(x).pooler_output)(torch.stack([pixels, pixels + 1]))
+    torch.testing.assert_close(actual[1], stock(pixels + 1).pooler_output, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_compiled(stock, pixels):
+    ours = drop_in(stock)
+    compiled = torch.compile(ours, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(pixels)[:], stock(pixels)[:], atol=1e-5, rtol=0)
+
+
+def test_exported(stock, pixels):
+    ours = drop_in(stock)
+    program = torch.export.export(ours, (pixels,))
+    torch.testing.assert_close(program.module()(pixels)[1], stock(pixels)[1], atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_lora(stock, pixels):
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    ours = peft.get_peft_model(drop_in(stock), peft.LoraConfig(target_modules=["q_proj", "fc1"]))
+    nn.init.normal_(next(p for n, p in ours.named_parameters() if "lora_B" in n))
+    assert "not a Linear" in ours.base_model.model.why_not(pixels)
+    adapted = ours(pixels).pooler_output
+    merged = ours.merge_and_unload()
+    assert merged.why_not(pixels) is None
+    torch.testing.assert_close(merged(pixels).pooler_output, adapted, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_strict_raises_the_reason(stock, pixels):
+    ours = drop_in(stock, strict=True)
+    with pytest.raises(RuntimeError, match="output_hidden_states was asked for"):
+        ours(pixels, output_hidden_states=True)
+
+
+def test_every_reason_is_listed_and_the_first_is_logged_once(stock, pixels, caplog):
+    model_module._log_once.cache_clear()
+    ours = drop_in(stock)
+    reasons = ours.why_not(pixels, output_attentions=True, attention_mask=pixels).split("; ")
+    assert [re.sub(r"\W.*", "", r) for r in reasons] == ["gradients", "output_attentions", "the"]
+    with caplog.at_level(logging.WARNING, "siglip_fast"):
+        ours(pixels)
+        ours(pixels)
+    assert [r.message for r in caplog.records if r.name == "siglip_fast"] == [
+        f"running the stock SiglipVisionModel forward: {reasons[0]}"
+    ]
+
+
+@torch.no_grad()
+def test_asking_for_triton_where_it_cannot_run_is_an_error(stock, pixels, monkeypatch, device):
+    if device == "cuda":
+        pytest.skip("Triton runs on this device")
+    from triton import knobs
+
+    from siglip_fast.backends import select
+
+    monkeypatch.setattr(knobs.runtime, "interpret", False)
+    select._triton_unavailable.cache_clear()
+    try:
+        with pytest.raises(RuntimeError, match="backend='triton' cannot run on cpu"):
+            drop_in(stock, backend="triton")(pixels)
+    finally:
+        select._triton_unavailable.cache_clear()
+
+
+@torch.no_grad()
+def test_meta_device_delegates(stock, pixels):
+    ours = copy.deepcopy(drop_in(stock)).to("meta")
+    assert ours.why_not(pixels.to("meta"))
+    assert ours(pixels.to("meta")).last_hidden_state.shape == (2, 9, 64)
