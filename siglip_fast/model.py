@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.siglip.configuration_siglip import SiglipVisionConfig
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
 
 from .backends.select import NAMES, backend_for
 from .forward import forward
@@ -45,7 +47,10 @@ class SiglipVisionModel(transformers.SiglipVisionModel):
         self._derived: Derived | None = None
 
     def forward(
-        self, pixel_values: Tensor, interpolate_pos_encoding: bool = False, **kwargs
+        self,
+        pixel_values: Tensor,
+        interpolate_pos_encoding: bool = False,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPooling | tuple[Tensor, ...]:
         """`pixel_values [B, C, H, W]` → `last_hidden_state [B, N, D]` and `pooler_output [B, D]` (None without head).
 
@@ -81,6 +86,12 @@ class SiglipVisionModel(transformers.SiglipVisionModel):
     def backend_for(self, device: torch.device | str) -> str | None:
         """The backend that runs for tensors on `device`: "triton", "cpu", "torch", or None where there is none."""
         return backend_for(self.backend, torch.device(device))[0]
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        # transformers 5 renames the keys of older checkpoints only for classes that it takes for its own; without
+        # that, a composite model around this tower loads them as random weights.
+        return cls.is_remote_code()
 
     @property
     def _tower(self) -> nn.Module:
