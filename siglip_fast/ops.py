@@ -1,8 +1,8 @@
 """The six operations of the SigLIP vision tower: their contracts, checked here once for every backend.
 
 B images, N tokens each, D hidden_size, H heads of head_dim d = D / H, p patch size. Every tensor of a call is on one
-device and of one dtype out of bfloat16, float16 and float32, except where float32 is stated. Inputs that are not
-contiguous are copied. Outputs are contiguous. A contract that is not met raises ValueError (shape) or TypeError
+device and of one dtype out of bfloat16, float16 and float32, except where float32 is stated. Activations that are
+not contiguous are copied, weights have to be contiguous. Outputs are contiguous. A contract that is not met raises ValueError (shape) or TypeError
 (dtype, device), naming the argument, what it is and what was expected.
 
 `moments` are what LayerNorm needs to know of each row of the residual stream: for the triton backend float32
@@ -65,6 +65,7 @@ class Ops:
 
     def __init__(self, backend: str):
         self._backend = load(backend)
+        self._carries_moments = backend == "triton"
 
     def patch_embed(
         self, pixel_values: Tensor, patch: PatchEmbedding, position: Tensor
@@ -80,9 +81,10 @@ class Ops:
         if not pixel_values.is_floating_point():
             raise TypeError(f"pixel_values: expected a floating dtype, got {pixel_values.dtype}")
         tokens = (pixel_values.shape[2] // p) * (pixel_values.shape[3] // p)
+        position = position.contiguous()
         _check_shape("position", position, (tokens, D))
         _check_like("patch.weight", patch.weight, position=position, bias=patch.bias)
-        return self._backend.patch_embed(pixel_values, patch, position.contiguous())
+        return self._backend.patch_embed(pixel_values, patch, position)
 
     def layernorm_linear(
         self, hidden_states: Tensor, moments: Tensor | None, linear: NormedLinear, gelu: bool = False
@@ -93,6 +95,7 @@ class Ops:
         """
         _check_shape("hidden_states", hidden_states, (..., linear.weight.shape[1]))
         _check_like("hidden_states", hidden_states, weight=linear.weight)
+        self._check_moments(moments, hidden_states)
         return self._backend.layernorm_linear(hidden_states.contiguous(), moments, linear, gelu)
 
     def attention(self, qkv: Tensor) -> Tensor:
@@ -108,15 +111,16 @@ class Ops:
         _check_shape("x", x, (..., linear.weight.shape[1]))
         _check_like("x", x, weight=linear.weight, bias=linear.bias)
         if residual is not None:
+            residual = residual.contiguous()
             _check_shape("residual", residual, (*x.shape[:-1], linear.weight.shape[0]))
             _check_like("x", x, residual=residual)
-            residual = residual.contiguous()
         return self._backend.linear_residual(x.contiguous(), linear, residual)
 
     def layernorm(self, hidden_states: Tensor, moments: Tensor | None, norm: Norm) -> Tensor:
         """`(x − mean) / √(variance + eps) · γ + β`: `[..., D]` → `[..., D]`. Ba, Kiros & Hinton 2016."""
         _check_shape("hidden_states", hidden_states, (..., norm.weight.shape[0]))
         _check_like("hidden_states", hidden_states, weight=norm.weight, bias=norm.bias)
+        self._check_moments(moments, hidden_states)
         return self._backend.layernorm(hidden_states.contiguous(), moments, norm)
 
     def attention_pool(self, hidden_states: Tensor, pool: Pool) -> Tensor:
@@ -131,6 +135,13 @@ class Ops:
         _check_like("hidden_states", hidden_states, weight=pool.value.weight, bias=pool.value.bias)
         return self._backend.attention_pool(hidden_states.contiguous(), pool)
 
+    def _check_moments(self, moments: Tensor | None, hidden_states: Tensor) -> None:
+        if self._carries_moments:
+            if moments is None:
+                raise TypeError("moments: expected those returned with hidden_states, got None")
+            D = hidden_states.shape[-1]
+            _check_shape("moments", moments, (hidden_states.numel() // D, 2, -(-D // 64)))
+
 
 def _check_shape(name: str, tensor: Tensor, expected: tuple) -> None:
     """`expected` holds sizes, None for any size, and possibly a leading `...` for any dimensions."""
@@ -144,7 +155,7 @@ def _check_shape(name: str, tensor: Tensor, expected: tuple) -> None:
 
 
 def _check_like(name: str, tensor: Tensor, **others: Tensor) -> None:
-    """All of a supported dtype, the same one, on the same device."""
+    """All of a supported dtype, the same one, on the same device, and the others contiguous."""
     if tensor.dtype not in DTYPES:
         raise TypeError(f"{name}: expected bfloat16, float16 or float32, got {tensor.dtype}")
     for other_name, other in others.items():
@@ -153,3 +164,5 @@ def _check_like(name: str, tensor: Tensor, **others: Tensor) -> None:
                 f"{other_name}: expected {tensor.dtype} on {tensor.device} as {name} is, "
                 f"got {other.dtype} on {other.device}"
             )
+        if not other.is_contiguous():
+            raise ValueError(f"{other_name}: expected a contiguous tensor, got strides {other.stride()}")

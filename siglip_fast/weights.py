@@ -191,9 +191,7 @@ def _check_tensors(tower: nn.Module) -> None:
 def _tower_weights(tower: nn.Module) -> TowerWeights:
     conv = tower.embeddings.patch_embedding
     return TowerWeights(
-        patch=PatchEmbedding(
-            conv.weight.detach().flatten(1), conv.bias.detach(), tower.embeddings.patch_size
-        ),
+        patch=PatchEmbedding(_plain(conv.weight).flatten(1), _plain(conv.bias), tower.embeddings.patch_size),
         layers=[_layer_weights(layer) for layer in tower.encoder.layers],
         post_layernorm=_norm(tower.post_layernorm),
         head=_head_weights(tower.head) if tower.use_head else None,
@@ -216,8 +214,8 @@ def _layer_weights(layer: nn.Module) -> LayerWeights:
 
 def _head_weights(head: nn.Module) -> HeadWeights:
     attention, H = head.attention, head.attention.num_heads
-    query_weight, key_weight, value_weight = attention.in_proj_weight.detach().chunk(3)
-    query_bias, _, value_bias = attention.in_proj_bias.detach().chunk(3)
+    query_weight, key_weight, value_weight = _plain(attention.in_proj_weight).chunk(3)
+    query_bias, _, value_bias = _plain(attention.in_proj_bias).chunk(3)
     # Elementwise sums, because a matmul could be TF32; this happens once.
     query = (query_weight.float() * head.probe[0].float()).sum(1) + query_bias.float()
     query = query.unflatten(0, (H, -1)) * (query.numel() // H) ** -0.5
@@ -230,17 +228,22 @@ def _head_weights(head: nn.Module) -> HeadWeights:
     )
 
 
+def _plain(parameter: Tensor) -> Tensor:
+    """The parameter's own memory where it is contiguous, else a copy; either way as the kernels index it."""
+    return parameter.detach().contiguous()
+
+
 def _linear(linear: nn.Linear) -> Linear:
-    return Linear(linear.weight.detach(), linear.bias.detach())
+    return Linear(_plain(linear.weight), _plain(linear.bias))
 
 
 def _norm(norm: nn.LayerNorm) -> Norm:
-    return Norm(norm.weight.detach(), norm.bias.detach(), norm.eps)
+    return Norm(_plain(norm.weight), _plain(norm.bias), norm.eps)
 
 
 def _fold(norm: nn.LayerNorm, weight: Tensor, bias: Tensor) -> NormedLinear:
     """LN(x)·Wᵀ + b as a GEMM on x: see `siglip_fast.kernels.layernorm_linear`."""
-    product = weight.float() * norm.weight.float()
+    product = _plain(weight).float() * norm.weight.float()
     folded = product.to(weight.dtype)
     if weight.dtype == torch.float16 and (folded.isinf() & product.isfinite()).any():
         raise Unsupported("a LayerNorm's weight times the projection behind it overflows float16")

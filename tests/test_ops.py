@@ -57,6 +57,11 @@ BREACHES = {
         ValueError,
         r"residual: expected shape \[5, 40\], got \[5, 32\]",
     ),
+    "weight-layout": (
+        lambda ops: ops.linear_residual(tensor(5, 32), Linear(tensor(32, 40).T, tensor(40)), None),
+        ValueError,
+        r"weight: expected a contiguous tensor, got strides \(1, 40\)",
+    ),
     "residual-dtype": (
         lambda ops: ops.linear_residual(tensor(5, 32), linear, tensor(5, 40, dtype=half)),
         TypeError,
@@ -82,6 +87,12 @@ def test_breach(name, backend, device):
     call, error, message = BREACHES[name]
     with pytest.raises(error, match=message):
         call(Ops(backend))
+
+
+@pytest.mark.parametrize("moments, error", [(None, TypeError), (tensor(5, 2, 2), ValueError)])
+def test_triton_needs_the_moments(moments, error, device):
+    with pytest.raises(error, match="moments: expected"):
+        Ops("triton").layernorm_linear(tensor(5, 32), moments, normed)
 
 
 def test_fp32_dot_precision_follows_torch(device):

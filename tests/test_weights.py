@@ -151,6 +151,20 @@ def test_casting_drops_the_old_copies(pixels):
 
 
 @torch.no_grad()
+def test_parameters_of_any_layout(pixels, backend, device):
+    """Channels-last convolution, transposed and strided matrices: read by index, not by memory."""
+    stock = stock_model(config()).to(device)
+    ours = drop_in(stock, backend=backend).to(device, memory_format=torch.channels_last)
+    for parameter in ours.parameters():
+        if parameter.ndim == 2:
+            parameter.data = parameter.data.T.contiguous().T
+        elif parameter.ndim == 1:
+            parameter.data = torch.stack([parameter.data, parameter.data + 1], dim=1)[:, 0]
+    assert ours.why_not(pixels.to(device)) is None
+    torch.testing.assert_close(ours(pixels.to(device))[:], stock(pixels.to(device))[:], atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
 def test_invisible(pixels):
     ours = drop_in(stock_model(config()))
     names = set(ours.state_dict()), dict(ours.named_parameters()).keys(), dict(ours.named_buffers()).keys()
