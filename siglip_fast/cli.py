@@ -5,7 +5,7 @@ import os
 import sys
 
 from . import __version__, demo, embed
-from .embed import UserError
+from .loading import UserError
 
 
 def main(argv: list[str] | None = None) -> int:

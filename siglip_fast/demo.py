@@ -13,7 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-from .embed import UserError, atomic, load_model, load_processor, pick_device, pixel_values, route
+from .loading import UserError, load_model, load_processor, pick_device, pixel_values, route
+from .sinks import atomic
 
 if TYPE_CHECKING:
     import numpy as np

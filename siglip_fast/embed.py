@@ -8,7 +8,6 @@ import glob
 import itertools
 import json
 import os
-import secrets
 import sys
 import time
 from argparse import Namespace
@@ -16,25 +15,20 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
-from .variants import config_for
+from .loading import UserError, first_line, load_model, load_processor, pick_device, pixel_values, route
+from .sinks import Sink, open_sink
 
 if TYPE_CHECKING:  # --help needs none of these
     import numpy as np
     import torch
     from PIL.Image import Image
 
-    from .model import SiglipVisionModel
 
 IMAGE_SUFFIXES = frozenset(
     ".avif .bmp .gif .jfif .jp2 .jpe .jpeg .jpg .pbm .pgm .png .pnm .ppm .tga .tif .tiff .webp".split()
 )
-ROW_GROUP = 4096  # rows a Parquet row group: large enough to read fast, small enough to hold
-
-
-class UserError(Exception):
-    """What the user can put right: printed as one line, exit status 2."""
 
 
 def run(args: Namespace) -> int:
@@ -150,7 +144,7 @@ def embed(paths: list[str], encoder: "Encoder", sink: "Sink", batch_size: int, w
     def usable(decoded: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
         for path, result in decoded:
             if isinstance(result, Exception):
-                skip(path, _first_line(result))
+                skip(path, first_line(result))
             elif reason := sink.refuses(path):
                 skip(path, reason)
             else:
@@ -217,7 +211,7 @@ class Encoder:
             try:
                 output = self.model(pixel_values)
             except torch.OutOfMemoryError as error:
-                raise UserError(f"{_first_line(error)} Try a smaller --batch-size.") from error
+                raise UserError(f"{first_line(error)} Try a smaller --batch-size.") from error
             if self._pool == "head":
                 embedding = output.pooler_output.float()
             else:
@@ -225,227 +219,3 @@ class Encoder:
             if self._normalize:
                 embedding = torch.nn.functional.normalize(embedding, dim=-1)
             return embedding.cpu().numpy()
-
-
-def pick_device(name: str | None) -> "torch.device":
-    """The device called `name`, or the one that there is."""
-    import torch
-
-    try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # the latter where torch was built without CUDA
-        raise UserError(f"--device {name}: {_first_line(error)}") from error
-    return device
-
-
-def load_model(args: Namespace, device: "torch.device", dtype: "torch.dtype") -> "SiglipVisionModel":
-    """The model of `args.model` or `args.random_weights`, for inference.
-
-    Raises:
-        UserError: there is no such model, it is not whole, or the backend cannot run on the device.
-    """
-    import torch
-
-    from .model import SiglipVisionModel
-
-    try:
-        if args.model:
-            model = _from_pretrained(args.model, args.backend)
-        else:
-            config = config_for(args.random_weights)
-            _warn_of_random_weights(args.random_weights, args.seed)
-            torch.manual_seed(args.seed)
-            model = SiglipVisionModel(config, backend=args.backend)
-        model.backend_for(device)
-    except (ValueError, RuntimeError) as error:  # unknown variant or backend; a backend that cannot run here
-        raise UserError(_first_line(error)) from error
-    return model.eval().to(device, dtype)
-
-
-def _from_pretrained(name: str, backend: str | None) -> "SiglipVisionModel":
-    import transformers
-
-    from .model import SiglipVisionModel
-
-    verbosity = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()  # it lists the whole text tower as "unexpected"
-    try:
-        model, report = SiglipVisionModel.from_pretrained(name, backend=backend, output_loading_info=True)
-    except Exception as error:  # a wrong name, no network, a broken file: a type each
-        raise UserError(f"cannot load {name}: {_first_line(error)}") from error
-    finally:
-        transformers.logging.set_verbosity(verbosity)
-    if missing := sorted(report["missing_keys"]):
-        raise UserError(
-            f"{name} is no SigLIP vision model: lacks {len(missing)} weights such as {missing[0]}"
-        )
-    return model
-
-
-def _warn_of_random_weights(variant: str, seed: int) -> None:
-    text = f"!!!  RANDOM WEIGHTS: {variant}, seed {seed}, not trained. Its embeddings mean nothing.  !!!"
-    print("!" * len(text), text, "!" * len(text), sep="\n", file=sys.stderr)
-
-
-def load_processor(model: str | None, image_size: int) -> Any:
-    """Hugging Face's image processor on Pillow, as the model's files configure it.
-
-    Raises:
-        UserError: it cannot be loaded, is of another kind, or makes images of another size than the model's.
-    """
-    import transformers
-    from PIL import Image
-
-    # Transformers 5 gave the plain name to the one that needs torchvision.
-    kind = getattr(transformers, "SiglipImageProcessorPil", None) or transformers.SiglipImageProcessor
-    if model is None or _has_no_processor(model):
-        settings = {"size": {"height": image_size, "width": image_size}}
-    else:
-        try:
-            settings, _ = kind.get_image_processor_dict(model)
-        except Exception as error:
-            raise UserError(f"cannot load the image processor of {model}: {_first_line(error)}") from error
-    name = settings.get("image_processor_type", "SiglipImageProcessor")
-    if name.removesuffix("Fast").removesuffix("Pil") != "SiglipImageProcessor":
-        raise UserError(f"{model} wants the image processor {name}, not SigLIP's")
-    processor = kind.from_dict(settings)
-    made = list(pixel_values(processor, Image.new("RGB", (8, 9))).shape[1:])
-    if made != [image_size, image_size]:
-        raise UserError(f"{model}: its image processor makes {made} pixels, the model takes {image_size}²")
-    return processor
-
-
-def _has_no_processor(model: str) -> bool:
-    files = ("preprocessor_config.json", "processor_config.json")
-    if not os.path.isdir(model) or any(os.path.exists(os.path.join(model, file)) for file in files):
-        return False
-    print(f"siglip-fast: {model} has no {files[0]}: using SigLIP's defaults", file=sys.stderr)
-    return True
-
-
-def pixel_values(processor: Any, image: "Image") -> "torch.Tensor":
-    """One RGB image as the model takes it, `[3, height, width]`."""
-    # The format is told because an image 1 or 3 pixels high would be taken for one with its channels first.
-    return processor(image, return_tensors="pt", input_data_format="channels_last")["pixel_values"][0]
-
-
-def route(model: "SiglipVisionModel", pixel_values: "torch.Tensor") -> str:
-    """Which code runs for `pixel_values`, and why if it is the stock code. Call it as the model is called."""
-    if reason := model.why_not(pixel_values):
-        return f"stock transformers, because {reason}"
-    return f"backend {model.backend_for(pixel_values.device)}"
-
-
-def _first_line(error: BaseException) -> str:
-    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return text.strip().splitlines()[0]
-
-
-@contextlib.contextmanager
-def open_sink(out: Path, force: bool) -> Iterator["Sink"]:
-    """What `--out` asks for. Its files appear when the block ends; if that raises, nothing does.
-
-    Raises:
-        UserError: the suffix is neither .parquet nor .npy, or a file exists and `force` is not set.
-    """
-    if out.suffix not in (".parquet", ".npy"):
-        raise UserError(f"--out {out}: expected a name that ends in .parquet or .npy")
-    targets = [out] if out.suffix == ".parquet" else [out, out.with_suffix(".paths.txt")]
-    for target in targets:
-        if target.exists() and not force:
-            raise UserError(f"{target} exists; --force overwrites it")
-    with contextlib.ExitStack() as stack:  # closes the last first: where the .npy is, its paths are
-        files = [stack.enter_context(atomic(target)) for target in targets]
-        sink = ParquetSink(*files, stack) if out.suffix == ".parquet" else NpySink(*files)
-        yield sink
-        sink.finish()
-
-
-@contextlib.contextmanager
-def atomic(path: Path) -> Iterator[BinaryIO]:
-    """A file to write that replaces `path` when the block ends, or vanishes if that raises.
-
-    Raises:
-        UserError: `path` is a folder, or its folder does not exist.
-    """
-    if path.is_dir():
-        raise UserError(f"{path} is a folder")
-    if not path.parent.is_dir():
-        raise UserError(f"{path}: its folder does not exist")
-    # in the same folder, because os.replace is atomic only within a file system
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
-    try:
-        with open(temporary, "xb") as file:
-            yield file
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-class Sink:
-    """Takes batches of paths and embeddings, and writes them to its file."""
-
-    def __init__(self):
-        self._paths: list[str] = []
-        self._rows: list[np.ndarray] = []
-
-    def refuses(self, path: str) -> str | None:
-        """Why this output cannot hold `path`, if it cannot."""
-
-    def write(self, paths: list[str], rows: "np.ndarray", metadata: dict[str, str]) -> None:
-        self._paths += paths
-        self._rows.append(rows)
-
-
-class ParquetSink(Sink):
-    """Columns path and embedding, the metadata in the schema; holds no more than a row group."""
-
-    def __init__(self, file: BinaryIO, stack: contextlib.ExitStack):
-        super().__init__()
-        self._file, self._stack = file, stack
-        self._writer = None
-
-    def write(self, paths: list[str], rows: "np.ndarray", metadata: dict[str, str]) -> None:
-        import pyarrow as pa
-        from pyarrow import parquet
-
-        super().write(paths, rows, metadata)
-        if self._writer is None:
-            embedding = pa.list_(pa.float32(), rows.shape[1])
-            schema = pa.schema({"path": pa.string(), "embedding": embedding}, metadata=metadata)
-            # the stack closes it before its file, whatever happens
-            self._writer = self._stack.enter_context(parquet.ParquetWriter(self._file, schema))
-        if len(self._paths) >= ROW_GROUP:
-            self._flush()
-
-    def finish(self) -> None:
-        if self._paths:
-            self._flush()
-
-    def _flush(self) -> None:
-        import numpy as np
-        import pyarrow as pa
-
-        schema = self._writer.schema
-        values = pa.array(np.concatenate(self._rows).reshape(-1))
-        embeddings = pa.FixedSizeListArray.from_arrays(values, type=schema.field("embedding").type)
-        self._writer.write_table(pa.table([pa.array(self._paths), embeddings], schema=schema))
-        self._paths, self._rows = [], []
-
-
-class NpySink(Sink):
-    """One array, and the paths in a text file beside it."""
-
-    def __init__(self, file: BinaryIO, paths_file: BinaryIO):
-        super().__init__()
-        self._file, self._paths_file = file, paths_file
-
-    def refuses(self, path: str) -> str | None:
-        return "a line break in its name; write Parquet" if "\n" in path or "\r" in path else None
-
-    def finish(self) -> None:
-        import numpy as np
-
-        np.save(self._file, np.concatenate(self._rows))
-        self._paths_file.write("".join(f"{path}\n" for path in self._paths).encode())

@@ -17,7 +17,7 @@ import transformers
 from PIL import Image
 from transformers import SiglipVisionConfig
 
-from siglip_fast import demo, embed
+from siglip_fast import demo, embed, sinks
 from siglip_fast.cli import main
 from siglip_fast.variants import VARIANTS, UnknownVariantError, config_for
 
@@ -319,7 +319,7 @@ class TestOutput:
 
     @pytest.mark.parametrize(("images", "groups"), [(11, 2), (12, 2), (13, 3)])
     def test_parquet_is_written_in_row_groups(self, here, checkpoint, monkeypatch, images, groups):
-        monkeypatch.setattr(embed, "ROW_GROUP", 4)  # with batches of 3: as soon as there are 6
+        monkeypatch.setattr(sinks, "ROW_GROUP", 4)  # with batches of 3: as soon as there are 6
         names = [save(f"{i}.png", picture(i)) for i in range(images)]
         assert run(checkpoint, *names, "--out", "out.parquet", "--batch-size", 3) == 0
         assert parquet.ParquetFile("out.parquet").num_row_groups == groups
@@ -384,7 +384,7 @@ class TestOutput:
                 raise ZeroDivisionError
             return call(self, pixel_values)
 
-        monkeypatch.setattr(embed, "ROW_GROUP", 1)
+        monkeypatch.setattr(sinks, "ROW_GROUP", 1)
         monkeypatch.setattr(embed.Encoder, "__call__", failing)
         with pytest.raises(ZeroDivisionError):
             run(checkpoint, *names, "--out", out, "--batch-size", 2, *["--force"] * force)
@@ -407,7 +407,7 @@ class TestOutput:
         def fail(self, *args, **kwargs):
             raise error
 
-        target = embed.ParquetSink if isinstance(error, OSError) else transformers.SiglipVisionModel
+        target = sinks.ParquetSink if isinstance(error, OSError) else transformers.SiglipVisionModel
         monkeypatch.setattr(target, "write" if isinstance(error, OSError) else "__call__", fail)
         assert run(checkpoint, "a.png", "--out", "out.parquet") == status
         err = capsys.readouterr().err
