@@ -51,7 +51,8 @@ def _patch_embed_kernel(
     for start in range(0, K, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
         # [BLOCK_K]: k runs over (channel, row, column) of a patch, as the convolution's weight does
-        inside = k // (PATCH * PATCH) * STRIDE_C + k // PATCH % PATCH * STRIDE_H + k % PATCH * STRIDE_W
+        channel = (k // (PATCH * PATCH)).to(tl.int64)  # planes of a large batch may lie 2^31 apart
+        inside = channel * STRIDE_C + k // PATCH % PATCH * STRIDE_H + k % PATCH * STRIDE_W
         # [BLOCK_M, BLOCK_K]
         pixels = tl.load(pixels_ptr + patch[:, None] + inside[None, :], mask=(k < K)[None, :], other=0.0)
         # [BLOCK_K, BLOCK_N]

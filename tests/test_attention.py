@@ -8,8 +8,12 @@ from torch.nn import functional as F
 from siglip_fast.ops import Ops
 
 SHAPES = [  # B, N, H, d
-    pytest.param(2, 196, 2, 64, id="B16-224"),
-    pytest.param(1, 729, 1, 72, id="So400m-384"),
+    pytest.param(2, 196, 2, 64, id="base-224"),
+    pytest.param(1, 195, 1, 64, id="base-224-less-one"),
+    pytest.param(1, 197, 1, 64, id="base-224-and-one"),
+    pytest.param(1, 729, 1, 72, id="so400m-384"),
+    pytest.param(1, 728, 1, 72, id="so400m-384-less-one"),
+    pytest.param(1, 730, 1, 72, id="so400m-384-and-one"),
     pytest.param(1, 257, 2, 96, id="giant"),
     pytest.param(3, 1, 2, 64, id="one-token"),
     pytest.param(2, 3, 2, 72, id="fewer-tokens-than-a-block"),

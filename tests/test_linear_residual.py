@@ -8,10 +8,15 @@ from torch.nn import functional as F
 from siglip_fast.ops import Linear, Ops
 
 SHAPES = [  # M, K, N
-    pytest.param(1, 768, 768, id="B16-one-row"),
-    pytest.param(197, 3072, 768, id="B16-fc2"),
-    pytest.param(129, 4304, 1152, id="So400m-fc2"),
-    pytest.param(130, 1536, 1536, id="giant-out_proj"),
+    *(pytest.param(M, 136, 768, id=f"M-{M}") for M in (1, 3, 127, 128, 129, 196, 197, 729)),
+    pytest.param(131, 768, 768, id="base-out_proj"),
+    pytest.param(131, 3072, 768, id="base-fc2"),
+    pytest.param(65, 1024, 1024, id="large-out_proj"),
+    pytest.param(65, 4096, 1024, id="large-fc2"),
+    pytest.param(130, 1152, 1152, id="so400m-out_proj"),
+    pytest.param(129, 4304, 1152, id="so400m-fc2"),
+    pytest.param(65, 1536, 1536, id="giant-out_proj"),
+    pytest.param(65, 6144, 1536, id="giant-fc2"),
     pytest.param(3, 72, 100, id="N-and-K-no-multiples-of-64"),
     pytest.param(131, 36, 40, id="narrower-than-a-moment-block"),
 ]
@@ -37,6 +42,16 @@ def test_accuracy(M, K, N, with_residual, dtype, backend, device):
         assert reference.relative_error(*m2) < 1e-5
     else:
         assert moments is None
+
+
+def test_sliced_and_transposed_input(dtype, backend, device):
+    torch.manual_seed(0)
+    x = torch.randn(3, 100, 50).to(device, dtype)[1:].transpose(1, 2)
+    residual = torch.randn(4, 50, 80).to(device, dtype)[1:3, :, :72]
+    linear = Linear(torch.randn(72, 100).to(device, dtype), torch.randn(72).to(device, dtype))
+    out, _ = Ops(backend).linear_residual(x, linear, residual)
+    expected = reference.linear(x, *linear) + residual.double()
+    reference.assert_accurate(out, expected, F.linear(x, *linear) + residual)
 
 
 def test_moments_survive_a_large_mean(device):

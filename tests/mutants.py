@@ -1,0 +1,184 @@
+"""Kernels broken on purpose: what each breaks, and a test that has to notice.
+
+Each mutant is one edit of one source file. `test_mutants.py` applies it to a copy of the package.
+"""
+
+from typing import NamedTuple
+
+
+class Mutant(NamedTuple):
+    """`old` occurs once in `file`; with `new` in its place, the tests that `tests` selects must fail.
+
+    Under ttsem unless `interpreted`: then in Triton's interpreter.
+    """
+
+    file: str
+    old: str
+    new: str
+    tests: str
+    interpreted: bool = False
+
+
+_ATTENTION = "tests/test_attention.py -k 'triton and fp16 and (accuracy or phantom) and"
+_RESIDUAL = "tests/test_linear_residual.py -k 'triton and"
+_NORMED = "tests/test_layernorm_linear.py -k 'triton and"
+
+MUTANTS = {
+    "attention-mask-off-by-one": Mutant(
+        "kernels/attention.py",
+        "tl.where(keys[None, :] < N,",
+        "tl.where(keys[None, :] <= N,",
+        f"{_ATTENTION} base-224-and-one'",
+    ),
+    "attention-tail-not-masked": Mutant(
+        "kernels/attention.py",
+        'tl.where(keys[None, :] < N, scores, float("-inf"))',
+        "scores",
+        f"{_ATTENTION} d-32'",
+    ),
+    "attention-tail-loads-not-masked": Mutant(
+        "kernels/attention.py",
+        "mask=(rows[:, None] < N) & (columns[None, :] < HEAD_DIM)",
+        "mask=columns[None, :] < HEAD_DIM",
+        f"{_ATTENTION} d-32'",
+    ),
+    "attention-first-slice-lost": Mutant(
+        "kernels/attention.py",
+        "scores = tl.dot(q1, k1.T, scores,",
+        "scores = tl.dot(q1, k1.T,",
+        f"{_ATTENTION} so400m-384-and-one'",
+    ),
+    "attention-keys-and-values-swapped": Mutant(
+        "kernels/attention.py",
+        "    k_ptr = q_ptr + HEADS * HEAD_DIM\n    v_ptr = k_ptr + HEADS * HEAD_DIM",
+        "    v_ptr = q_ptr + HEADS * HEAD_DIM\n    k_ptr = v_ptr + HEADS * HEAD_DIM",
+        f"{_ATTENTION} d-32'",
+    ),
+    "attention-no-scale": Mutant(
+        "kernels/attention.py",
+        "    scores *= scale\n",
+        "",
+        f"{_ATTENTION} d-32'",
+    ),
+    "attention-old-sum-not-rescaled": Mutant(
+        "kernels/attention.py",
+        "acc0 * alpha[:, None]",
+        "acc0",
+        f"{_ATTENTION} base-224-and-one'",
+    ),
+    "attention-batches-race-for-one-output": Mutant(
+        "kernels/attention.py",
+        "out_ptr += batch * N * STRIDE_OUT + head * HEAD_DIM",
+        "out_ptr += head * HEAD_DIM",
+        f"{_ATTENTION} d-32'",
+    ),
+    "gemm-last-k-block-dropped": Mutant(
+        "kernels/gemm.py",
+        "for k in range(0, K, BLOCK_K):",
+        "for k in range(0, K // BLOCK_K * BLOCK_K, BLOCK_K):",
+        f"{_RESIDUAL} bf16 and N-and-K'",
+    ),
+    "gemm-k-tail-not-masked": Mutant(
+        "kernels/gemm.py",
+        "if K % BLOCK_K == 0:",
+        "if K > 0:",
+        f"{_RESIDUAL} bf16 and N-and-K'",
+    ),
+    "gemm-rows-not-clamped": Mutant(
+        "kernels/gemm.py",
+        "    rows = tl.minimum(rows, M - 1)\n",
+        "",
+        f"{_RESIDUAL} bf16 and N-and-K'",
+    ),
+    "gemm-row-offsets-in-32-bits": Mutant(
+        "kernels/gemm.py",
+        "tile_m.to(tl.int64) * BLOCK_M",
+        "tile_m * BLOCK_M",
+        "tests/test_patch_embed.py -k 'beyond_32_bits and batch'",
+        interpreted=True,
+    ),
+    "gelu-without-its-cube": Mutant(
+        "kernels/gemm.py",
+        "(x + 0.044715 * x * x * x)",
+        "x",
+        f"{_NORMED} bf16 and gelu and K-no'",
+    ),
+    "layernorm-colsum-of-the-unrounded-weight": Mutant(
+        "siglip_fast/weights.py",
+        "colsum=folded.float().sum(1)",
+        "colsum=product.sum(1)",
+        f"{_NORMED} bf16 and dwarfs'",
+    ),
+    "layernorm-mean-not-subtracted": Mutant(
+        "kernels/layernorm_linear.py",
+        "(acc - mean[:, None] * colsum[None, :])",
+        "acc",
+        f"{_NORMED} bf16 and plain and M-3'",
+    ),
+    "residual-moments-of-the-unrounded-value": Mutant(
+        "kernels/linear_residual.py",
+        "write_moments(moments_ptr, out.to(tl.float32),",
+        "write_moments(moments_ptr, acc,",
+        f"{_RESIDUAL} bf16 and N-and-K'",
+    ),
+    "residual-column-tail-not-masked": Mutant(
+        "kernels/linear_residual.py",
+        "mask = (rows[:, None] < M) & (columns[None, :] < N)",
+        "mask = (rows[:, None] < M) & (columns[None, :] >= 0)",
+        f"{_RESIDUAL} bf16 and N-and-K'",
+    ),
+    "moments-of-rows-overlap": Mutant(
+        "kernels/moments.py",
+        "ptrs = moments_ptr + rows[:, None] * (2 * ROW_BLOCKS) + block[None, :]\n    mask = (rows[:, None] < M) & (block[None, :] < ROW_BLOCKS)\n    tl.store(",
+        "ptrs = moments_ptr + rows[:, None] * ROW_BLOCKS + block[None, :]\n    mask = (rows[:, None] < M) & (block[None, :] < ROW_BLOCKS)\n    tl.store(",
+        f"{_RESIDUAL} bf16 and N-and-K'",
+    ),
+    "moments-by-the-difference-of-squares": Mutant(
+        "kernels/moments.py",
+        "m2 = tl.sum(deviation * deviation, axis=2)",
+        "m2 = tl.sum(tl.where(inside, x * x, 0.0), axis=2) - mean * mean * count[None, :].to(tl.float32)",
+        "tests/test_linear_residual.py -k large_mean",
+    ),
+    "moments-merged-without-the-spread-of-the-means": Mutant(
+        "kernels/moments.py",
+        "(tl.sum(m2, axis=1) + tl.sum(delta * delta * count[None, :], axis=1)) / D",
+        "tl.sum(m2, axis=1) / D",
+        "tests/test_layernorm.py -k 'triton and bf16 and 3-72'",
+    ),
+    "moments-without-eps": Mutant(
+        "kernels/moments.py",
+        "tl.rsqrt(variance + eps)",
+        "tl.rsqrt(variance)",
+        "tests/test_layernorm.py -k 'triton and bf16 and constant'",
+    ),
+    "patch-k-tail-not-masked": Mutant(
+        "kernels/patch_embed.py",
+        "mask=(k < K)[:, None], other=0.0)",
+        "mask=(k >= 0)[:, None], other=0.0)",
+        "tests/test_patch_embed.py -k 'triton and bf16 and dropped-pixels'",
+    ),
+    "patch-rows-of-the-image-not-floored": Mutant(
+        "kernels/patch_embed.py",
+        "GRID_W=width // patch_size",
+        "GRID_W=triton.cdiv(width, patch_size)",
+        "tests/test_patch_embed.py -k 'triton and bf16 and dropped-pixels'",
+    ),
+    "pool-phantom-tokens": Mutant(
+        "kernels/attention_pool.py",
+        'tl.where(tokens[None, :] < N, scores * 1.4426950408889634, float("-inf"))',
+        "scores * 1.4426950408889634",
+        "tests/test_attention_pool.py -k 'triton and bf16 and phantom'",
+    ),
+    "pool-softmax-in-the-wrong-base": Mutant(
+        "kernels/attention_pool.py",
+        "scores * 1.4426950408889634",
+        "scores",
+        "tests/test_attention_pool.py -k 'triton and bf16 and more-images'",
+    ),
+    "pool-value-bias-of-the-first-head": Mutant(
+        "kernels/attention_pool.py",
+        "bias_ptr + head * HEAD_DIM + columns",
+        "bias_ptr + columns",
+        "tests/test_attention_pool.py -k 'triton and bf16 and more-images'",
+    ),
+}
