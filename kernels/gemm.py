@@ -86,8 +86,11 @@ def gemm_grid(M: int, N: int, config: dict[str, int]) -> tuple[int]:
 
 def input_precision(dtype: torch.dtype) -> str:
     """How `tl.dot` multiplies fp32 operands: IEEE unless torch allows TF32 (16-bit operands ignore it)."""
-    tf32 = dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
-    return "tf32" if tf32 and torch.version.hip is None else "ieee"
+    # Not torch.get_float32_matmul_precision(), which raises once the settings below were used directly.
+    setting = torch.backends.cuda.matmul.fp32_precision
+    if setting == "none":
+        setting = torch.backends.fp32_precision
+    return "tf32" if dtype == torch.float32 and setting == "tf32" and torch.version.hip is None else "ieee"
 
 
 def device_guard(tensor: torch.Tensor):

@@ -24,14 +24,14 @@ def _patch_embed_kernel(
     out_ptr,
     moments_ptr,
     M,
+    tokens,
+    grid_w,
     stride_b,
+    stride_c,
+    stride_h,
     D: tl.constexpr,
     K: tl.constexpr,
-    TOKENS: tl.constexpr,
-    GRID_W: tl.constexpr,
     PATCH: tl.constexpr,
-    STRIDE_C: tl.constexpr,
-    STRIDE_H: tl.constexpr,
     STRIDE_W: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -42,17 +42,17 @@ def _patch_embed_kernel(
     rows, columns = tile_indices(M, D, BLOCK_M, BLOCK_N, GROUP_M)
     row = tl.minimum(rows, M - 1)
     column = tl.minimum(columns, D - 1)
-    token = row % TOKENS
+    token = row % tokens
     # [BLOCK_M]: where each patch begins
     patch = (
-        row // TOKENS * stride_b + token // GRID_W * (PATCH * STRIDE_H) + token % GRID_W * (PATCH * STRIDE_W)
+        row // tokens * stride_b + token // grid_w * (PATCH * stride_h) + token % grid_w * (PATCH * STRIDE_W)
     )
     acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
     for start in range(0, K, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
         # [BLOCK_K]: k runs over (channel, row, column) of a patch, as the convolution's weight does
         channel = (k // (PATCH * PATCH)).to(tl.int64)  # planes of a large batch may lie 2^31 apart
-        inside = channel * STRIDE_C + k // PATCH % PATCH * STRIDE_H + k % PATCH * STRIDE_W
+        inside = channel * stride_c + k // PATCH % PATCH * stride_h + k % PATCH * STRIDE_W
         # [BLOCK_M, BLOCK_K]
         pixels = tl.load(pixels_ptr + patch[:, None] + inside[None, :], mask=(k < K)[None, :], other=0.0)
         # [BLOCK_K, BLOCK_N]
@@ -91,14 +91,14 @@ def patch_embed(
             out,
             moments,
             B * N,
+            N,
+            width // patch_size,
             stride_b,
+            stride_c,
+            stride_h,
             D=D,
             K=K,
-            TOKENS=N,
-            GRID_W=width // patch_size,
             PATCH=patch_size,
-            STRIDE_C=stride_c,
-            STRIDE_H=stride_h,
             STRIDE_W=stride_w,
             INPUT_PRECISION=input_precision(weight.dtype),
             **config,

@@ -10,6 +10,7 @@ import transformers
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.siglip.configuration_siglip import SiglipVisionConfig
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
@@ -32,7 +33,8 @@ class SiglipVisionModel(transformers.SiglipVisionModel):
         config: as for the stock class.
         backend: "auto", "triton", "cpu" or "torch" (`siglip_fast.backends`). Default: the environment variable
             SIGLIP_FAST_BACKEND, else "auto".
-        strict: raise RuntimeError with the reason instead of running the stock forward.
+        strict: raise RuntimeError with the reason instead of running the stock forward (not under torch.compile
+            and torch.export, where the stock forward is always the one that is traced).
 
     Raises:
         ValueError: the backend's name is unknown.
@@ -62,9 +64,15 @@ class SiglipVisionModel(transformers.SiglipVisionModel):
                 fit and `interpolate_pos_encoding` was not asked for.
             RuntimeError: `strict` is set and the fused path does not apply, or the backend asked for cannot run here.
         """
-        if torch.compiler.is_compiling():  # the stock forward is traced
+        if torch.compiler.is_compiling():  # the stock forward is traced, even if strict
             return super().forward(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs)
-        if reason := next(self._reasons(pixel_values, kwargs), None):
+        if self._needs_gradients(pixel_values):
+            self._derived = None  # the weights are about to change, perhaps in ways that torch does not count
+        derived, reason = None, next(self._call_reasons(pixel_values, kwargs), None)
+        if reason is None:
+            derived = self._current()
+            reason = derived.reason(owner=self)
+        if reason is not None:
             if self.strict:
                 raise RuntimeError(f"the fused forward does not apply: {reason}")
             _log_once(reason)
@@ -74,14 +82,19 @@ class SiglipVisionModel(transformers.SiglipVisionModel):
             if pixel_values.dtype not in DTYPES:
                 pixel_values = pixel_values.to(position.dtype)
             ops = Ops(self.backend_for(pixel_values.device))
-            last_hidden_state, pooler_output = forward(ops, self._derived.weights, pixel_values, position)
+            last_hidden_state, pooler_output = forward(ops, derived.weights, pixel_values, position)
         output = BaseModelOutputWithPooling(last_hidden_state=last_hidden_state, pooler_output=pooler_output)
         return_dict = kwargs.get("return_dict", getattr(self.config, "return_dict", True))
         return output.to_tuple() if return_dict is False else output
 
     def why_not(self, pixel_values: Tensor, interpolate_pos_encoding: bool = False, **kwargs) -> str | None:
-        """Every reason, joined by "; ", for which `forward(...)` would run the stock code here and now, or None."""
-        return "; ".join(self._reasons(pixel_values, kwargs)) or None
+        """Every reason, joined by "; ", for which `forward(...)` would run the stock code here and now, or None.
+
+        It reads the weights as the fused forward would, so the first call takes that forward's time to derive them.
+        Under torch.compile and torch.export the stock code is traced in any case.
+        """
+        reasons = [*self._call_reasons(pixel_values, kwargs), self._current().reason(owner=self)]
+        return "; ".join(filter(None, reasons)) or None
 
     def backend_for(self, device: torch.device | str) -> str | None:
         """The backend that runs for tensors on `device`: "triton", "cpu", "torch", or None where there is none."""
@@ -91,44 +104,43 @@ class SiglipVisionModel(transformers.SiglipVisionModel):
     def is_custom_code(cls) -> bool:
         # transformers 5 renames the keys of older checkpoints only for classes that it takes for its own; without
         # that, a composite model around this tower loads them as random weights.
-        return cls.is_remote_code()
+        return cls is not SiglipVisionModel and super().is_custom_code()
 
     @property
     def _tower(self) -> nn.Module:
         return getattr(self, "vision_model", self)  # nested until transformers 5.6
 
-    def _reasons(self, pixel_values: Tensor, kwargs: dict) -> Iterator[str]:
-        """Cheap reasons first: the derived weights are looked at (and made) only where none of those holds."""
+    def _current(self) -> Derived:
+        derived = self._derived  # once: another thread may drop it
+        if derived is None or not derived.source.is_unchanged():
+            derived = self._derived = None  # the old copies go before the new ones are made
+            derived = self._derived = Derived(self._tower)
+        return derived
+
+    def _needs_gradients(self, pixel_values: Tensor) -> bool:
+        return torch.is_grad_enabled() and (
+            getattr(pixel_values, "requires_grad", False) or any(p.requires_grad for p in self.parameters())
+        )
+
+    def _call_reasons(self, pixel_values: Tensor, kwargs: dict) -> Iterator[str]:
+        """The reasons that lie in the call and its circumstances, not in the tower."""
         if not isinstance(pixel_values, Tensor):
             raise TypeError(f"pixel_values: expected a torch.Tensor, got {type(pixel_values).__name__}")
-        yield from self._transform_reasons(pixel_values)
+        if self._needs_gradients(pixel_values):
+            yield "gradients are needed (use torch.no_grad or torch.inference_mode for inference)"
+        if getattr(self, "_is_replica", False):
+            yield "this is a replica of torch.nn.DataParallel"
+        if type(pixel_values) not in (Tensor, nn.Parameter, nn.Buffer):
+            yield f"pixel_values are a {type(pixel_values).__name__}, not a plain tensor"
+        elif pixel_values.ndim > 0 and len(pixel_values) == 0:
+            yield "the batch is empty"
+        yield from _mode_reasons(pixel_values.device)
         yield from self._request_reasons(kwargs)
         weight = self._tower.embeddings.patch_embedding._parameters.get("weight")
         if weight is not None and pixel_values.device != weight.device:
             yield f"pixel_values are on {pixel_values.device}, the parameters on {weight.device}"
         elif reason := backend_for(self.backend, pixel_values.device)[1]:
             yield reason
-        if self._derived is None or not self._derived.mirrors_source():
-            self._derived = Derived(self._tower)
-        if self._derived.reason:
-            yield self._derived.reason
-        if reason := self._derived.intercepted(owner=self):
-            yield reason
-
-    def _transform_reasons(self, pixel_values: Tensor) -> Iterator[str]:
-        if torch.is_grad_enabled() and (
-            pixel_values.requires_grad or any(p.requires_grad for p in self.parameters())
-        ):
-            yield "gradients are needed (use torch.no_grad or torch.inference_mode for inference)"
-        if type(pixel_values) not in (Tensor, nn.Parameter, nn.Buffer):
-            yield f"pixel_values are a {type(pixel_values).__name__}, not a plain tensor"
-        if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
-            yield "a torch.func transform or forward-mode differentiation is active"
-        device_type = pixel_values.device.type
-        if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
-            yield "autocast is active"
-        if torch.jit.is_tracing():
-            yield "torch.jit is tracing"
 
     def _request_reasons(self, kwargs: dict) -> Iterator[str]:
         for name in ("output_attentions", "output_hidden_states"):
@@ -137,9 +149,13 @@ class SiglipVisionModel(transformers.SiglipVisionModel):
         extra = [name for name, value in kwargs.items() if name not in _OWN_KWARGS and value is not None]
         if extra:
             yield f"the stock attention takes the keyword arguments {', '.join(extra)}"
+        if kwargs.get("return_dict", True) is None and self.config.return_dict is False:
+            yield "return_dict is None, which means different things to different versions of transformers"
         attention = self.config._attn_implementation
-        if attention != "sdpa" and not str(attention).startswith("flash_attention"):
+        if attention not in _EXACT_ATTENTION:
             yield f"attention implementation {attention!r} was asked for"
+        elif not ALL_ATTENTION_FUNCTIONS[attention].__module__.startswith("transformers.integrations."):
+            yield f"attention implementation {attention!r} is not transformers' own"
         if self.config.attention_dropout and any(m.training for m in self._tower.encoder.modules()):
             yield "attention dropout is active"
 
@@ -147,10 +163,9 @@ class SiglipVisionModel(transformers.SiglipVisionModel):
         """The position embedding `[N, D]` for these images, whose shape it checks."""
         embeddings = self._tower.embeddings
         D, C, p, _ = embeddings.patch_embedding.weight.shape
-        if pixel_values.ndim != 4 or pixel_values.shape[1] != C or len(pixel_values) == 0:
+        if pixel_values.ndim != 4 or pixel_values.shape[1] != C:
             raise ValueError(
-                f"pixel_values: expected shape [batch, {C}, height, width] with at least one image, "
-                f"got {list(pixel_values.shape)}"
+                f"pixel_values: expected shape [batch, {C}, height, width], got {list(pixel_values.shape)}"
             )
         height, width = pixel_values.shape[2:]
         tokens = (height // p) * (width // p)
@@ -185,6 +200,17 @@ class SiglipVisionModel(transformers.SiglipVisionModel):
 
 
 _OWN_KWARGS = ("return_dict", "output_attentions", "output_hidden_states")
+# Names of implementations of the same softmax attention, not of something that a caller could observe
+_EXACT_ATTENTION = ("sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4")
+
+
+def _mode_reasons(device: torch.device) -> Iterator[str]:
+    if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
+        yield "a torch.func transform or forward-mode differentiation is active"
+    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+        yield "autocast is active"
+    if torch.jit.is_tracing() or torch.utils._python_dispatch._get_current_dispatch_mode() is not None:
+        yield "the operations are traced or intercepted (torch.jit.trace, make_fx, a TorchDispatchMode)"
 
 
 @functools.cache

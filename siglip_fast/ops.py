@@ -83,8 +83,9 @@ class Ops:
         tokens = (pixel_values.shape[2] // p) * (pixel_values.shape[3] // p)
         position = position.contiguous()
         _check_shape("position", position, (tokens, D))
+        _check_shape("bias", patch.bias, (D,))
         _check_like("patch.weight", patch.weight, position=position, bias=patch.bias)
-        return self._backend.patch_embed(pixel_values, patch, position)
+        return self._backend.patch_embed(pixel_values.resolve_neg(), patch, position)
 
     def layernorm_linear(
         self, hidden_states: Tensor, moments: Tensor | None, linear: NormedLinear, gelu: bool = False
@@ -95,6 +96,8 @@ class Ops:
         """
         _check_shape("hidden_states", hidden_states, (..., linear.weight.shape[1]))
         _check_like("hidden_states", hidden_states, weight=linear.weight)
+        for name in ("colsum", "bias"):
+            _check_float32(name, getattr(linear, name), (linear.weight.shape[0],))
         self._check_moments(moments, hidden_states)
         return self._backend.layernorm_linear(hidden_states.contiguous(), moments, linear, gelu)
 
@@ -109,6 +112,7 @@ class Ops:
     ) -> tuple[Tensor, Tensor | None]:
         """`x·Wᵀ + b + residual` and the moments of the result: `[..., in]`, `[..., out]` → `[..., out]`."""
         _check_shape("x", x, (..., linear.weight.shape[1]))
+        _check_shape("bias", linear.bias, (linear.weight.shape[0],))
         _check_like("x", x, weight=linear.weight, bias=linear.bias)
         if residual is not None:
             residual = residual.contiguous()
@@ -119,6 +123,7 @@ class Ops:
     def layernorm(self, hidden_states: Tensor, moments: Tensor | None, norm: Norm) -> Tensor:
         """`(x − mean) / √(variance + eps) · γ + β`: `[..., D]` → `[..., D]`. Ba, Kiros & Hinton 2016."""
         _check_shape("hidden_states", hidden_states, (..., norm.weight.shape[0]))
+        _check_shape("bias", norm.bias, (norm.weight.shape[0],))
         _check_like("hidden_states", hidden_states, weight=norm.weight, bias=norm.bias)
         self._check_moments(moments, hidden_states)
         return self._backend.layernorm(hidden_states.contiguous(), moments, norm)
@@ -131,7 +136,8 @@ class Ops:
         """
         D = pool.value.weight.shape[1]
         _check_shape("hidden_states", hidden_states, (None, None, D))
-        _check_shape("pool.scores", pool.scores, (None, D))
+        _check_float32("pool.scores", pool.scores, (None, D))
+        _check_shape("value.bias", pool.value.bias, (D,))
         _check_like("hidden_states", hidden_states, weight=pool.value.weight, bias=pool.value.bias)
         return self._backend.attention_pool(hidden_states.contiguous(), pool)
 
@@ -140,7 +146,7 @@ class Ops:
             if moments is None:
                 raise TypeError("moments: expected those returned with hidden_states, got None")
             D = hidden_states.shape[-1]
-            _check_shape("moments", moments, (hidden_states.numel() // D, 2, -(-D // 64)))
+            _check_float32("moments", moments, (hidden_states.numel() // D, 2, -(-D // 64)))
 
 
 def _check_shape(name: str, tensor: Tensor, expected: tuple) -> None:
@@ -152,6 +158,12 @@ def _check_shape(name: str, tensor: Tensor, expected: tuple) -> None:
     if len(shape) != len(sizes) or any(e is not None and s != e for s, e in zip(shape, sizes, strict=True)):
         wanted = ", ".join("..." if e is ... else "any" if e is None else str(e) for e in expected)
         raise ValueError(f"{name}: expected shape [{wanted}], got {list(tensor.shape)}")
+
+
+def _check_float32(name: str, tensor: Tensor, shape: tuple) -> None:
+    _check_shape(name, tensor, shape)
+    if tensor.dtype != torch.float32 or not tensor.is_contiguous():
+        raise TypeError(f"{name}: expected contiguous float32, got {tensor.dtype}, strides {tensor.stride()}")
 
 
 def _check_like(name: str, tensor: Tensor, **others: Tensor) -> None:

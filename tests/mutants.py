@@ -97,6 +97,12 @@ MUTANTS = {
         "tests/test_patch_embed.py -k 'beyond_32_bits and batch'",
         interpreted=True,
     ),
+    "gemm-group-forgets-its-start": Mutant(
+        "kernels/gemm.py",
+        "tile_m = group * GROUP_M + ",
+        "tile_m = ",
+        f"{_NORMED} bf16 and plain and group'",
+    ),
     "gelu-without-its-cube": Mutant(
         "kernels/gemm.py",
         "(x + 0.044715 * x * x * x)",
@@ -114,6 +120,12 @@ MUTANTS = {
         "(acc - mean[:, None] * colsum[None, :])",
         "acc",
         f"{_NORMED} bf16 and plain and M-3'",
+    ),
+    "layernorm-eps-of-its-own": Mutant(
+        "kernels/layernorm_linear.py",
+        "read_moments(moments_ptr, rows, M, K, eps)",
+        "read_moments(moments_ptr, rows, M, K, 1e-6)",
+        f"{_NORMED} bf16 and eps'",
     ),
     "residual-moments-of-the-unrounded-value": Mutant(
         "kernels/linear_residual.py",
@@ -159,8 +171,8 @@ MUTANTS = {
     ),
     "patch-rows-of-the-image-not-floored": Mutant(
         "kernels/patch_embed.py",
-        "GRID_W=width // patch_size",
-        "GRID_W=triton.cdiv(width, patch_size)",
+        "            width // patch_size,",
+        "            triton.cdiv(width, patch_size),",
         "tests/test_patch_embed.py -k 'triton and bf16 and dropped-pixels'",
     ),
     "pool-phantom-tokens": Mutant(

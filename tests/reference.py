@@ -55,7 +55,7 @@ def assert_accurate(actual: Tensor, expected: Tensor, torch_same_dtype: Tensor) 
 
 
 def outliers(*shape: int) -> Tensor:
-    """Residual-stream-like rows: mean ten times the deviation, three channels that dwarf the others, one the last."""
+    """Residual-stream-like rows: every channel far from zero, and three, the last among them, that dwarf the rest."""
     x = torch.randn(shape) + 10
     for channel in (shape[-1] // 7, shape[-1] // 2, shape[-1] - 1):
         x[..., channel] *= 100

@@ -19,6 +19,7 @@ SHAPES = [  # M, K, N
     pytest.param(129, 1152, 4304, id="so400m-fc1"),
     pytest.param(65, 1536, 4608, id="giant-qkv"),
     pytest.param(65, 1536, 6144, id="giant-fc1"),
+    pytest.param(2100, 40, 300, id="more-row-tiles-than-a-group"),
     pytest.param(3, 72, 100, id="K-no-multiple-of-64"),
     pytest.param(131, 40, 36, id="narrower-than-a-tile"),
 ]
@@ -51,6 +52,14 @@ def test_accuracy(M, K, N, gelu, dtype, backend, device):
     if gelu:
         expected, same_dtype = reference.gelu_tanh(expected), F.gelu(same_dtype, approximate="tanh")
     reference.assert_accurate(out, expected, same_dtype)
+
+
+def test_eps_counts(dtype, backend, device):
+    x, norm, weight, bias = make(3, 128, 136, dtype, device)
+    x, norm.eps = (0.1 * torch.randn(3, 128)).to(device, dtype), 0.5
+    out = Ops(backend).layernorm_linear(x, moments_of(x, backend), _fold(norm, weight, bias))
+    expected = reference.linear(reference.layernorm(x, norm.weight, norm.bias, 0.5), weight, bias)
+    reference.assert_accurate(out, expected, F.linear(norm(x), weight, bias))
 
 
 def test_a_mean_that_dwarfs_the_deviation(dtype, backend, device):

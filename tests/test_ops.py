@@ -1,5 +1,8 @@
 """Each operation refuses what breaks its contract, and says which argument and what was expected."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -95,17 +98,27 @@ def test_triton_needs_the_moments(moments, error, device):
         Ops("triton").layernorm_linear(tensor(5, 32), moments, normed)
 
 
-def test_fp32_dot_precision_follows_torch(device):
-    from siglip_fast.kernels.gemm import input_precision
-
-    before = torch.get_float32_matmul_precision()
-    try:
-        for setting, expected in {"highest": "ieee", "high": "tf32", "medium": "tf32"}.items():
-            torch.set_float32_matmul_precision(setting)
-            assert input_precision(torch.float32) == expected
-            assert input_precision(torch.bfloat16) == "ieee"
-    finally:
-        torch.set_float32_matmul_precision(before)
+def test_fp32_dot_precision_follows_torch():
+    """Legacy setting or new one; in a process of its own, because torch refuses to read one after the other."""
+    code = """
+import sys, torch
+from siglip_fast.kernels.gemm import input_precision as precision
+exec(sys.argv[1])
+print(precision(torch.float32), precision(torch.bfloat16))
+"""
+    for setting, expected in {
+        "": "ieee",
+        "torch.set_float32_matmul_precision('high')": "tf32",
+        "torch.set_float32_matmul_precision('medium')": "tf32",
+        "torch.set_float32_matmul_precision('highest')": "ieee",
+        "torch.backends.cuda.matmul.allow_tf32 = True": "tf32",
+        "torch.backends.cuda.matmul.fp32_precision = 'tf32'": "tf32",
+        "torch.backends.fp32_precision = 'tf32'": "tf32",
+        "torch.backends.cuda.matmul.fp32_precision = 'ieee'": "ieee",
+    }.items():
+        command = [sys.executable, "-c", code, setting]
+        output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        assert output.split() == [expected, "ieee"], setting
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ def test_works_without_triton_and_torchvision_and_gpu(tmp_path):
 import sys
 sys.modules["triton"] = sys.modules["torchvision"] = None  # as if not installed
 import torch
-torch.cuda.init = torch.cuda._lazy_init = lambda: 1 / 0
+torch.cuda.init = torch.cuda._lazy_init = torch.cuda.is_available = lambda: 1 / 0
 from siglip_fast import SiglipVisionModel
 from transformers import SiglipVisionConfig
 config = SiglipVisionConfig(hidden_size=32, num_attention_heads=2, intermediate_size=64, image_size=32)

@@ -94,10 +94,35 @@ def eager_by_name(model):
     model.config._attn_implementation = "eager"
 
 
-def wider_patch(model):
-    # four channels: the drop-in follows the module, not the config
-    torch.manual_seed(3)
-    tower(model).embeddings.patch_embedding = nn.Conv2d(3, 64, 8, 8, groups=1, padding=0, bias=False)
+def sibling_forward(model):
+    layer(model).forward = tower(model).encoder.layers[0].forward
+
+
+def inner_forward(model):
+    tower(model).embeddings.patch_embedding._conv_forward = lambda x, weight, bias: nn.functional.conv2d(
+        x, 2 * weight, bias, stride=8
+    )
+
+
+def inner_activation(model):
+    layer(model).mlp.activation_fn.act = torch.relu
+
+
+def causal(model):
+    layer(model).self_attn.is_causal = True
+
+
+def padded_convolution(model):
+    tower(model).embeddings.patch_embedding.stride = (12, 12)
+    tower(model).embeddings.patch_embedding.padding = (4, 4)
+
+
+def position_norm(model):
+    tower(model).embeddings.position_embedding.max_norm = 0.1
+
+
+def attention_to_zero(model):
+    tower(model).head.attention.add_zero_attn = True
 
 
 CHANGES = {
@@ -106,14 +131,20 @@ CHANGES = {
     pre_hook: "a Linear has forward hooks",
     hook_on_embeddings: "a SiglipVisionEmbeddings has forward hooks",
     replaced_forward: "the forward of a LayerNorm is replaced",
-    no_bias: "fc2 lacks a weight or a bias",
+    sibling_forward: "the forward of a SiglipEncoderLayer is replaced",
+    inner_forward: "patch_embedding._conv_forward is replaced",
+    no_bias: "fc2.bias has shape None",
     other_activation: "activation_fn is a ReLU",
-    other_scale: "scale is not 1 / √head_dim",
+    inner_activation: "activation_fn.act is",
+    other_scale: "scale is 1.0, by the config 0.25",
+    causal: "is_causal is True",
     parametrization: "fc1 is a ParametrizedLinear",
-    wide_stride: "not a convolution over disjoint patches",
+    wide_stride: "patch_embedding.stride is (7, 7)",
+    padded_convolution: "patch_embedding.stride is (12, 12)",
     shuffled_positions: "position_ids are not 0, 1, 2",
+    position_norm: "max_norm is 0.1",
+    attention_to_zero: "add_zero_attn is True",
     eager_by_name: "attention implementation 'eager' was asked for",
-    wider_patch: "patch_embedding lacks a weight or a bias",
 }
 
 
@@ -129,6 +160,77 @@ def test_changed_models_delegate(change, when, stock, pixels):
     change(ours)
     assert CHANGES[change] in ours.why_not(pixels)
     assert torch.equal(ours(pixels).last_hidden_state, stock(pixels).last_hidden_state)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@torch.no_grad()
+def test_patched_classes_delegate(when, stock, pixels, monkeypatch):
+    """What libraries such as Liger do to modeling_siglip."""
+    ours = drop_in(stock)
+    if when == "after":
+        ours(pixels)
+    monkeypatch.setattr(type(layer(ours).mlp), "forward", lambda self, hidden_states: 3 * hidden_states)
+    assert "the forward of SiglipMLP is patched" in ours.why_not(pixels)
+    assert torch.equal(ours(pixels).last_hidden_state, stock(pixels).last_hidden_state)
+
+
+@torch.no_grad()
+def test_another_attention_under_the_same_name_delegates(stock, pixels, monkeypatch):
+    ours = drop_in(stock)
+    ours(pixels)
+    monkeypatch.setitem(
+        transformers.AttentionInterface._global_mapping,
+        "sdpa",
+        lambda module, q, k, v, *_, **__: (v.transpose(1, 2), None),
+    )
+    assert "is not transformers' own" in ours.why_not(pixels)
+    assert torch.equal(ours(pixels).last_hidden_state, stock(pixels).last_hidden_state)
+
+
+def test_data_parallel_replicas_delegate(stock, pixels):
+    """Their parameters are no Parameters, so that nothing seems to need a gradient."""
+    ours = drop_in(stock)
+    with torch.no_grad():
+        ours(pixels)
+    replica = ours._replicate_for_data_parallel()
+    replicas = {ours: replica}
+    for module in list(ours.modules())[1:]:
+        replicas[module] = module._replicate_for_data_parallel()
+    for module, twin in replicas.items():
+        for name, child in module._modules.items():
+            setattr(twin, name, replicas[child])
+        for name, parameter in module._parameters.items():
+            # with its history, as Broadcast gives it
+            setattr(twin, name, None if parameter is None else parameter.clone())
+    assert "DataParallel" in replica.why_not(pixels)
+    assert replica(pixels).pooler_output.requires_grad
+
+
+@torch.no_grad()
+def test_hooks_that_bring_the_weights_delegate(stock, pixels):
+    """As offloading libraries do: outside of a forward there are none."""
+    ours = drop_in(stock)
+    for module in ours.modules():
+        if type(module) is nn.Linear:  # the pooling head reads its own out_proj past any hook
+            kept, module.weight.data = module.weight.data, torch.empty(0)
+            module.register_forward_pre_hook(lambda m, args, kept=kept: setattr(m.weight, "data", kept))
+    assert torch.equal(ours(pixels).pooler_output, stock(pixels).pooler_output)
+
+
+@torch.no_grad()
+def test_a_mended_model_is_fused_again(stock, pixels):
+    ours = drop_in(stock)
+    bias, layer(ours).mlp.fc2.bias = layer(ours).mlp.fc2.bias, None
+    assert ours.why_not(pixels)
+    layer(ours).mlp.fc2.bias = bias
+    assert ours.why_not(pixels) is None
+
+
+@torch.no_grad()
+def test_traced_by_make_fx(stock, pixels):
+    ours = drop_in(stock)
+    traced = torch.fx.experimental.proxy_tensor.make_fx(lambda x: ours(x).pooler_output)(pixels)
+    assert torch.equal(traced(pixels + 1), stock(pixels + 1).pooler_output)
 
 
 def test_global_hooks_delegate(stock, pixels):
@@ -184,9 +286,8 @@ def test_autocast_delegates(stock, pixels):
 
 
 @torch.no_grad()
-def test_attention_dropout_in_training_delegates(stock, pixels):
-    ours = drop_in(stock)
-    ours.config.attention_dropout = 0.5
+def test_attention_dropout_in_training_delegates(pixels):
+    ours = drop_in(stock_model(SiglipVisionConfig(**TINY, attention_dropout=0.5)))
     assert ours.why_not(pixels) is None
     ours.train()
     assert "dropout" in ours.why_not(pixels)
