@@ -42,8 +42,12 @@ def main_loop(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    shift=None,
 ):
-    """fp32 `[BLOCK_M, BLOCK_N]` tile of x · wᵀ. Rows ≥ M and columns ≥ N hold copies of the last valid one."""
+    """fp32 `[BLOCK_M, BLOCK_N]` tile of x · wᵀ, or of (x − shift) · wᵀ with an fp32 shift `[BLOCK_M]`.
+
+    Rows ≥ M and columns ≥ N hold copies of the last valid one.
+    """
     # Clamping instead of masking: the loop then needs no mask but the K tail's.
     rows = tl.minimum(rows, M - 1)
     columns = tl.minimum(columns, N - 1)
@@ -60,6 +64,8 @@ def main_loop(
         else:
             x = tl.load(x_ptrs, mask=offs_k[None, :] < K - k, other=0.0)
             w = tl.load(w_ptrs, mask=offs_k[:, None] < K - k, other=0.0)
+        if shift is not None:
+            x -= shift[:, None]
         acc = tl.dot(x, w, acc, input_precision=INPUT_PRECISION)
         x_ptrs += BLOCK_K
         w_ptrs += BLOCK_K

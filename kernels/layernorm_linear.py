@@ -4,7 +4,8 @@
 
 which is LN(x)·Wᵀ + b with the affine LayerNorm folded into the weights: the main loop is a plain GEMM on the raw
 residual stream, the normalisation is four instructions of the epilogue. c has to be summed from the rounded W', or
-mean · c would not cancel what the mean contributes to x · W'ᵀ.
+mean · c would not cancel what the mean contributes to x · W'ᵀ. In fp32, which has no rounding to hide behind and where
+TF32 would round x around its mean, the main loop runs on x − mean instead.
 
 x [M, K], W' [N, K], out [M, N] in bf16, fp16 or fp32; c, b' [N] and the row moments (see moments.py) in fp32.
 """
@@ -37,14 +38,21 @@ def _layernorm_linear_kernel(
     GROUP_M: tl.constexpr,
 ):
     rows, columns = tile_indices(M, N, BLOCK_M, BLOCK_N, GROUP_M)
-    # [BLOCK_M, BLOCK_N]
-    acc = main_loop(x_ptr, w_ptr, rows, columns, M, N, K, K, INPUT_PRECISION, BLOCK_M, BLOCK_N, BLOCK_K)
     # [BLOCK_M]
     mean, rstd = read_moments(moments_ptr, rows, M, K, eps)
+    # In fp32 the mean is taken out before the product: after it, its rounding error would stay behind.
+    CENTRED: tl.constexpr = x_ptr.dtype.element_ty == tl.float32
+    # [BLOCK_M, BLOCK_N]
+    acc = main_loop(
+        x_ptr, w_ptr, rows, columns, M, N, K, K, INPUT_PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+        mean if CENTRED else None,
+    )  # fmt: skip
     # [BLOCK_N]
     colsum = tl.load(colsum_ptr + columns, mask=columns < N, other=0.0)
     bias = tl.load(bias_ptr + columns, mask=columns < N, other=0.0)
-    out = rstd[:, None] * (acc - mean[:, None] * colsum[None, :]) + bias[None, :]
+    if not CENTRED:
+        acc -= mean[:, None] * colsum[None, :]
+    out = rstd[:, None] * acc + bias[None, :]
     if GELU:
         out = gelu_tanh(out)
     mask = (rows[:, None] < M) & (columns[None, :] < N)
@@ -66,7 +74,6 @@ def layernorm_linear(
     M = x.numel() // K
     out = torch.empty((*x.shape[:-1], N), dtype=x.dtype, device=x.device)
     config = config or gemm_config(x.dtype)
-    precision = input_precision(x.dtype)
     with device_guard(x):
         _layernorm_linear_kernel[gemm_grid(M, N, config)](
             x,
@@ -80,8 +87,7 @@ def layernorm_linear(
             N=N,
             K=K,
             GELU=gelu,
-            # x is not centred yet: where its mean is large, plain TF32 would round away what the epilogue leaves.
-            INPUT_PRECISION="tf32x3" if precision == "tf32" else precision,
+            INPUT_PRECISION=input_precision(x.dtype),
             **config,
         )
     return out

@@ -8,6 +8,10 @@ from transformers.models.siglip import modeling_siglip as stock
 
 from .ops import DTYPES
 
+MAX_HEAD_DIM = (
+    128  # beyond it the attention kernel's tile outgrows the shared memory of sm_86, sm_89 and sm_120
+)
+
 
 class Unsupported(Exception):
     """The tower is not one that the operations compute; the message says why."""
@@ -75,6 +79,8 @@ class Source:
         with torch.device("meta"):
             _compare("embeddings", tower.embeddings, stock.SiglipVisionEmbeddings(config))
             layer = stock.SiglipEncoderLayer(config)
+            if layer.self_attn.head_dim > MAX_HEAD_DIM:
+                raise Unsupported(f"head_dim is above {MAX_HEAD_DIM}")
             for i, own in enumerate(tower.encoder.layers):
                 _compare(f"encoder.layers.{i}", own, layer)
             _compare("post_layernorm", tower.post_layernorm, nn.LayerNorm(config.hidden_size))

@@ -60,7 +60,7 @@ class Derived:
         with torch.inference_mode(False), torch.no_grad():
             self.source.check()
             weights = _tower_weights(self.source.tower)
-        if weights.patch.weight.is_cuda:
+        if weights.patch.weight.is_cuda and torch.cuda.is_initialized():
             # The next forward may come on another stream, which would not wait for this one.
             torch.cuda.current_stream(weights.patch.weight.device).synchronize()
         self.weights = weights

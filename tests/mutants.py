@@ -117,8 +117,8 @@ MUTANTS = {
     ),
     "layernorm-mean-not-subtracted": Mutant(
         "kernels/layernorm_linear.py",
-        "(acc - mean[:, None] * colsum[None, :])",
-        "acc",
+        "    if not CENTRED:\n        acc -= mean[:, None] * colsum[None, :]\n",
+        "",
         f"{_NORMED} bf16 and plain and M-3'",
     ),
     "layernorm-eps-of-its-own": Mutant(

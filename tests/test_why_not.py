@@ -218,6 +218,12 @@ def test_hooks_that_bring_the_weights_delegate(stock, pixels):
 
 
 @torch.no_grad()
+def test_wide_heads_delegate(pixels):
+    stock = stock_model(SiglipVisionConfig(**TINY | {"hidden_size": 288, "num_attention_heads": 2}))
+    assert "head_dim is above 128" in drop_in(stock).why_not(pixels)
+
+
+@torch.no_grad()
 def test_a_mended_model_is_fused_again(stock, pixels):
     ours = drop_in(stock)
     bias, layer(ours).mlp.fc2.bias = layer(ours).mlp.fc2.bias, None
