@@ -66,12 +66,12 @@ class SiglipVisionModel(transformers.SiglipVisionModel):
         """
         if torch.compiler.is_compiling():  # the stock forward is traced, even if strict
             return super().forward(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs)
-        if self._needs_gradients(pixel_values):
-            self._derived = None  # the weights are about to change, perhaps in ways that torch does not count
         derived, reason = None, next(self._call_reasons(pixel_values, kwargs), None)
         if reason is None:
             derived = self._current()
             reason = derived.reason(owner=self)
+        if reason is _GRADIENTS:
+            self._derived = None  # the weights are about to change, perhaps in ways that torch does not count
         if reason is not None:
             if self.strict:
                 raise RuntimeError(f"the fused forward does not apply: {reason}")
@@ -117,17 +117,14 @@ class SiglipVisionModel(transformers.SiglipVisionModel):
             derived = self._derived = Derived(self._tower)
         return derived
 
-    def _needs_gradients(self, pixel_values: Tensor) -> bool:
-        return torch.is_grad_enabled() and (
-            getattr(pixel_values, "requires_grad", False) or any(p.requires_grad for p in self.parameters())
-        )
-
     def _call_reasons(self, pixel_values: Tensor, kwargs: dict) -> Iterator[str]:
         """The reasons that lie in the call and its circumstances, not in the tower."""
         if not isinstance(pixel_values, Tensor):
             raise TypeError(f"pixel_values: expected a torch.Tensor, got {type(pixel_values).__name__}")
-        if self._needs_gradients(pixel_values):
-            yield "gradients are needed (use torch.no_grad or torch.inference_mode for inference)"
+        if torch.is_grad_enabled() and (
+            pixel_values.requires_grad or any(p.requires_grad for p in self.parameters())
+        ):
+            yield _GRADIENTS
         if getattr(self, "_is_replica", False):
             yield "this is a replica of torch.nn.DataParallel"
         if type(pixel_values) not in (Tensor, nn.Parameter, nn.Buffer):
@@ -154,9 +151,10 @@ class SiglipVisionModel(transformers.SiglipVisionModel):
         attention = self.config._attn_implementation
         if attention not in _EXACT_ATTENTION:
             yield f"attention implementation {attention!r} was asked for"
-        elif not ALL_ATTENTION_FUNCTIONS[attention].__module__.startswith("transformers.integrations."):
+        elif not _is_transformers_own(ALL_ATTENTION_FUNCTIONS.get(attention)):
             yield f"attention implementation {attention!r} is not transformers' own"
-        if self.config.attention_dropout and any(m.training for m in self._tower.encoder.modules()):
+        attentions = (layer._modules.get("self_attn") for layer in self._tower.encoder.layers)
+        if any(m is not None and m.training and getattr(m, "dropout", 0) for m in attentions):
             yield "attention dropout is active"
 
     def _position(self, pixel_values: Tensor, interpolate: bool) -> Tensor:
@@ -199,6 +197,7 @@ class SiglipVisionModel(transformers.SiglipVisionModel):
         return self.__dict__ | {"_derived": None}  # copies and pickles make their own
 
 
+_GRADIENTS = "gradients are needed (use torch.no_grad or torch.inference_mode for inference)"
 _OWN_KWARGS = ("return_dict", "output_attentions", "output_hidden_states")
 # Names of implementations of the same softmax attention, not of something that a caller could observe
 _EXACT_ATTENTION = ("sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4")
@@ -211,6 +210,10 @@ def _mode_reasons(device: torch.device) -> Iterator[str]:
         yield "autocast is active"
     if torch.jit.is_tracing() or torch.utils._python_dispatch._get_current_dispatch_mode() is not None:
         yield "the operations are traced or intercepted (torch.jit.trace, make_fx, a TorchDispatchMode)"
+
+
+def _is_transformers_own(attention: Callable | None) -> bool:
+    return getattr(attention, "__module__", "").startswith("transformers.integrations.")
 
 
 @functools.cache
