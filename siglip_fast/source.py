@@ -4,6 +4,7 @@ import functools
 
 import torch
 from torch import Tensor, nn
+from transformers.activations import ACT2FN
 from transformers.models.siglip import modeling_siglip as stock
 
 from .ops import DTYPES
@@ -79,6 +80,8 @@ class Source:
         with torch.device("meta"):
             _compare("embeddings", tower.embeddings, stock.SiglipVisionEmbeddings(config))
             layer = stock.SiglipEncoderLayer(config)
+            if type(layer.mlp.activation_fn) is not type(ACT2FN["gelu_pytorch_tanh"]):
+                raise Unsupported(f"hidden_act is {config.hidden_act!r}, not 'gelu_pytorch_tanh'")
             if layer.self_attn.head_dim > MAX_HEAD_DIM:
                 raise Unsupported(f"head_dim is above {MAX_HEAD_DIM}")
             for i, own in enumerate(tower.encoder.layers):

@@ -11,6 +11,11 @@ DEVICE = "cuda" if ON_GPU else "cpu"
 if not ON_GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton
 
+with torch.device("meta"):
+    torch.empty(
+        0
+    )  # torch lists the functions that a device context concerns now, and not while one is replaced below
+
 
 @pytest.fixture
 def device() -> str:

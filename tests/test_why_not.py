@@ -217,6 +217,15 @@ def test_hooks_that_bring_the_weights_delegate(stock, pixels):
     assert torch.equal(ours(pixels).pooler_output, stock(pixels).pooler_output)
 
 
+@pytest.mark.parametrize("hidden_act", ["relu", "gelu", "quick_gelu", "gelu_python_tanh"])
+@torch.no_grad()
+def test_other_activations_by_the_config_delegate(hidden_act, pixels):
+    stock = stock_model(SiglipVisionConfig(**TINY, hidden_act=hidden_act), "sdpa")
+    ours = drop_in(stock)
+    assert ours.why_not(pixels)
+    assert torch.equal(ours(pixels).last_hidden_state, stock(pixels).last_hidden_state)
+
+
 @torch.no_grad()
 def test_wide_heads_delegate(pixels):
     stock = stock_model(SiglipVisionConfig(**TINY | {"hidden_size": 288, "num_attention_heads": 2}))
