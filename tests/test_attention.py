@@ -14,6 +14,7 @@ SHAPES = [  # B, N, H, d
     pytest.param(1, 729, 1, 72, id="so400m-384"),
     pytest.param(1, 728, 1, 72, id="so400m-384-less-one"),
     pytest.param(1, 730, 1, 72, id="so400m-384-and-one"),
+    pytest.param(1, 4096, 1, 72, id="so400m-896", marks=pytest.mark.slow),
     pytest.param(1, 257, 2, 96, id="giant"),
     pytest.param(3, 1, 2, 64, id="one-token"),
     pytest.param(2, 3, 2, 72, id="fewer-tokens-than-a-block"),
