@@ -31,6 +31,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from siglip_fast.sinks import atomic
 from siglip_fast.variants import VARIANTS, config_for
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -177,13 +178,8 @@ def compile_all(todo: list[Task], processes: int) -> list[Row]:
 
 
 def write(path: Path, text: str) -> None:
-    """Whole or not at all."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        partial.write_text(text)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with atomic(path) as file:
+        file.write(text.encode())
 
 
 def parse_arguments() -> argparse.Namespace:

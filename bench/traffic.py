@@ -49,6 +49,7 @@ from triton.runtime.jit import KernelInterface
 
 from siglip_fast.forward import forward
 from siglip_fast.ops import Ops
+from siglip_fast.sinks import atomic
 from siglip_fast.variants import VARIANTS, config_for
 from siglip_fast.weights import _tower_weights
 
@@ -215,10 +216,9 @@ def table(variant: str, rows: Rows) -> str:
 
 
 def write(path: Path | None, text: str) -> None:
-    if path:
-        part = path.with_name(f".{path.name}.part")
-        part.write_text(text + "\n", encoding="utf-8")
-        part.replace(path)  # whole or not at all
+    if path is not None:
+        with atomic(path) as file:
+            file.write((text + "\n").encode())
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -9,9 +9,8 @@ from transformers.models.siglip import modeling_siglip as stock
 
 from .ops import DTYPES
 
-MAX_HEAD_DIM = (
-    128  # beyond it the attention kernel's tile outgrows the shared memory of sm_86, sm_89 and sm_120
-)
+# Beyond it the attention kernel's tile outgrows the shared memory of sm_86, sm_89 and sm_120.
+MAX_HEAD_DIM = 128
 
 
 class Unsupported(Exception):
@@ -131,7 +130,7 @@ def _compare(name: str, module: nn.Module | None, fresh: nn.Module) -> None:
     _compare_class(name, module, type(fresh))
     for key, expected in _settings(fresh).items():
         own = vars(module).get(key)
-        # eps is read when the weights are derived; the config itself is compared once, its settings arrive here
+        # eps is read when the weights are derived; of the config only what the modules made of it is compared
         if key not in ("eps", "config") and not _is_same(own, expected):
             raise Unsupported(f"{name}.{key} is {own!r}, by the config {expected!r}")
     for key, value in vars(module).items():
