@@ -148,12 +148,12 @@ class SiglipVisionModel(transformers.SiglipVisionModel):
             yield f"the stock attention takes the keyword arguments {', '.join(extra)}"
         if kwargs.get("return_dict", True) is None and self.config.return_dict is False:
             yield "return_dict is None, which means different things to different versions of transformers"
-        attention = self.config._attn_implementation
-        if attention not in _EXACT_ATTENTION:
-            yield f"attention implementation {attention!r} was asked for"
-        elif not _is_transformers_own(ALL_ATTENTION_FUNCTIONS.get(attention)):
-            yield f"attention implementation {attention!r} is not transformers' own"
-        attentions = (layer._modules.get("self_attn") for layer in self._tower.encoder.layers)
+        attentions = [layer._modules.get("self_attn") for layer in self._tower.encoder.layers]
+        for name in sorted({m.config._attn_implementation for m in attentions if hasattr(m, "config")}):
+            if name not in _EXACT_ATTENTION:
+                yield f"attention implementation {name!r} was asked for"
+            elif not _is_transformers_own(ALL_ATTENTION_FUNCTIONS.get(name)):
+                yield f"attention implementation {name!r} is not transformers' own"
         if any(m is not None and m.training and getattr(m, "dropout", 0) for m in attentions):
             yield "attention dropout is active"
 

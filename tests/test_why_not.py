@@ -94,6 +94,12 @@ def eager_by_name(model):
     model.config._attn_implementation = "eager"
 
 
+def eager_in_one_layer(model):
+    attention = layer(model).self_attn
+    attention.config = copy.deepcopy(attention.config)
+    attention.config._attn_implementation = "eager"
+
+
 def sibling_forward(model):
     layer(model).forward = tower(model).encoder.layers[0].forward
 
@@ -144,6 +150,7 @@ CHANGES = {
     shuffled_positions: "position_ids are not 0, 1, 2",
     position_norm: "max_norm is 0.1",
     attention_to_zero: "add_zero_attn is True",
+    eager_in_one_layer: "attention implementation 'eager' was asked for",
     eager_by_name: "attention implementation 'eager' was asked for",
 }
 
