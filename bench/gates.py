@@ -68,16 +68,16 @@ def requirements(row: Row) -> Exemption:
 
 
 def failures(row: Row) -> list[str]:
-    """The gates that a row fails; in fp32 only whether it fits."""
+    """The gates that a row fails; in fp32 only whether it fits and does not spill."""
     if row.error:
         return [row.error]
     code, failed = row.code, []
     if code.shared > code.shared_limit:
         failed.append(f"shared memory {code.shared} > {code.shared_limit}")
-    if row.dtype == "fp32":
-        return failed
     if code.spills:
         failed.append(f"spills {code.spills} bytes")
+    if row.dtype == "fp32":
+        return failed
     required = requirements(row)
     if required.tensor and not any(op.startswith(required.tensor) for op in code.tensor()):
         failed.append(f"no {required.tensor}")

@@ -32,6 +32,7 @@ import functools
 import itertools
 import json
 import math
+import os
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -115,6 +116,7 @@ def counting(weights: Iterable[Tensor]) -> Iterator[Counter]:
     with (
         torch.no_grad(),
         Counter(weights) as counter,
+        mock.patch.dict(os.environ, TRITON_INTERPRET="1"),  # the launchers then ask for no GPU
         mock.patch.object(nn.functional, "scaled_dot_product_attention", counter.sdpa),
         # `kernel[grid](...)`: the base of Triton's compiled and of its interpreted functions
         mock.patch.object(KernelInterface, "__getitem__", lambda *k: functools.partial(counter.triton, *k)),

@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .gemm import device_guard, input_precision
+from .gemm import device_guard, gpu_arch, input_precision
 
 
 @triton.jit
@@ -132,10 +132,19 @@ def _attention_kernel(
         _store_slice(out_ptr, acc1 / row_sum[:, None], rows, N, WIDTH0, WIDTH1, HEAD_DIM, STRIDE_OUT)
 
 
-def attention_config(dtype: torch.dtype) -> dict[str, int]:
+def attention_config(dtype: torch.dtype, head_dim: int, arch: str) -> dict[str, int]:
+    """The default tile: of those that do not spill, the one with the lowest static bound (docs/static.md)."""
     if dtype == torch.float32:
-        return {"BLOCK_M": 64, "BLOCK_N": 16, "num_warps": 8, "num_stages": 2}
-    return {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2}
+        # 72's second slice of 8, padded to 16, spills at 64 rows.
+        return {"BLOCK_M": 32 if head_dim % 32 else 64, "BLOCK_N": 16, "num_warps": 8, "num_stages": 2}
+    config = {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2}
+    if arch == "sm_80":
+        return config | {"BLOCK_N": 32, "num_warps": 4, "num_stages": 3}
+    if arch in ("sm_86", "sm_89", "sm_120") or arch.startswith("gfx11"):
+        return config | {"BLOCK_N": 32}
+    if arch == "sm_100" or arch == "sm_90" and head_dim <= 72:
+        return config | {"BLOCK_N": 128}
+    return config
 
 
 def head_slices(head_dim: int) -> tuple[int, int]:
@@ -152,9 +161,9 @@ def attention(qkv: torch.Tensor, config: dict[str, int] | None = None) -> torch.
     """`[B, N, 3, H, d]` → `[B, N, H, d]`."""
     B, N, _, H, d = qkv.shape
     out = torch.empty((B, N, H, d), dtype=qkv.dtype, device=qkv.device)
-    config = config or attention_config(qkv.dtype)
     first, second = head_slices(d)
     with device_guard(qkv):
+        config = config or attention_config(qkv.dtype, d, gpu_arch())
         _attention_kernel[(triton.cdiv(N, config["BLOCK_M"]) * B * H,)](
             qkv,
             out,

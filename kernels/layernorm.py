@@ -12,7 +12,7 @@ import triton.language as tl
 from .gemm import device_guard
 from .moments import read_moments
 
-CONFIG = {"BLOCK_M": 16, "BLOCK_N": 256, "num_warps": 4}
+CONFIG = {"BLOCK_M": 8, "BLOCK_N": 256, "num_warps": 4}
 
 
 @triton.jit

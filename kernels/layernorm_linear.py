@@ -14,7 +14,16 @@ import torch
 import triton
 import triton.language as tl
 
-from .gemm import device_guard, gelu_tanh, gemm_config, gemm_grid, input_precision, main_loop, tile_indices
+from .gemm import (
+    device_guard,
+    gelu_tanh,
+    gemm_config,
+    gemm_grid,
+    gpu_arch,
+    input_precision,
+    main_loop,
+    tile_indices,
+)
 from .moments import read_moments
 
 
@@ -73,8 +82,8 @@ def layernorm_linear(
     N, K = weight.shape
     M = x.numel() // K
     out = torch.empty((*x.shape[:-1], N), dtype=x.dtype, device=x.device)
-    config = config or gemm_config(x.dtype)
     with device_guard(x):
+        config = config or gemm_config(x.dtype, gpu_arch())
         _layernorm_linear_kernel[gemm_grid(M, N, config)](
             x,
             moments,

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .gemm import device_guard, gemm_config, gemm_grid, input_precision, main_loop, tile_indices
+from .gemm import device_guard, gemm_config, gemm_grid, gpu_arch, input_precision, main_loop, tile_indices
 from .moments import empty_moments, write_moments
 
 
@@ -57,8 +57,8 @@ def linear_residual(
     M = x.numel() // K
     out = torch.empty((*x.shape[:-1], N), dtype=x.dtype, device=x.device)
     moments = empty_moments(M, N, x.device)
-    config = config or gemm_config(x.dtype)
     with device_guard(x):
+        config = config or gemm_config(x.dtype, gpu_arch())
         _linear_residual_kernel[gemm_grid(M, N, config)](
             x,
             weight,

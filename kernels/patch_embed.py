@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .gemm import device_guard, gemm_config, gemm_grid, input_precision, tile_indices
+from .gemm import device_guard, gemm_config, gemm_grid, gpu_arch, input_precision, tile_indices
 from .moments import empty_moments, write_moments
 
 
@@ -81,8 +81,8 @@ def patch_embed(
     stride_b, stride_c, stride_h, stride_w = pixel_values.stride()
     out = torch.empty((B, N, D), dtype=weight.dtype, device=weight.device)
     moments = empty_moments(B * N, D, weight.device)
-    config = config or gemm_config(weight.dtype)
     with device_guard(pixel_values):
+        config = config or gemm_config(weight.dtype, gpu_arch())
         _patch_embed_kernel[gemm_grid(B * N, D, config)](
             pixel_values,
             weight,

@@ -26,6 +26,9 @@ SHAPES = [  # B, N, H, d
 ]
 
 
+ARCHITECTURES = ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950", "gfx1100"]
+
+
 def same_dtype(qkv):
     q, k, v = (t.transpose(1, 2) for t in qkv.unbind(2))
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
@@ -61,3 +64,18 @@ def test_sliced_input(dtype, backend, device):
     torch.manual_seed(0)
     qkv = torch.randn(3, 70, 4, 2, 64).to(device, dtype)[1:, 1:, 1:]
     reference.assert_accurate(Ops(backend).attention(qkv), reference.attention(qkv), same_dtype(qkv))
+
+
+@pytest.mark.parametrize("d", [64, 72, 96])
+@pytest.mark.parametrize("backend", ["triton"])
+def test_every_default_tile(d, dtype, backend, device):
+    """The default tiles of all architectures, with tokens on both sides of each one's edges."""
+    from siglip_fast.kernels.attention import attention, attention_config
+
+    torch.manual_seed(d)
+    qkv = torch.randn(1, 133, 3, 1, d).to(device, dtype)
+    expected, peer = reference.attention(qkv), same_dtype(qkv)
+    tiles = {tuple(attention_config(dtype, d, arch).items()) for arch in ARCHITECTURES}
+    assert len(tiles) >= (1 if dtype == torch.float32 else 4)
+    for tile in sorted(tiles):
+        reference.assert_accurate(attention(qkv, dict(tile)), expected, peer)
