@@ -31,10 +31,12 @@ class Gpu:
 
 GPUS = [
     Gpu("A100", "sm_80", 312, 2039, 108, 1.41),
+    Gpu("RTX 3090", "sm_86", 71, 936, 82, 1.695),
     Gpu("L4", "sm_89", 121, 300, 58, 2.04),
     Gpu("RTX 4090", "sm_89", 165, 1008, 128, 2.52),
     Gpu("H100", "sm_90", 989, 3350, 132, 1.98),
     Gpu("B200", "sm_100", 2250, 8000, 148, 1.965),
+    Gpu("RTX 5090", "sm_120", 209.5, 1792, 170, 2.407),
 ]
 # Operations a clock and SM (CUDA C++ Programming Guide, throughput of arithmetic instructions); a warp instruction is
 # 32 operations. Only instructions whose pipe and rate are documented count; shared memory moves 128 bytes a clock.

@@ -3,6 +3,7 @@
 import pytest
 import reference
 import torch
+from siglip_fast.kernels.attention import attention, attention_config
 from torch.nn import functional as F
 
 from siglip_fast.ops import Ops
@@ -70,8 +71,6 @@ def test_sliced_input(dtype, backend, device):
 @pytest.mark.parametrize("backend", ["triton"])
 def test_every_default_tile(d, dtype, backend, device):
     """The default tiles of all architectures, with tokens on both sides of each one's edges."""
-    from siglip_fast.kernels.attention import attention, attention_config
-
     torch.manual_seed(d)
     qkv = torch.randn(1, 133, 3, 1, d).to(device, dtype)
     expected, peer = reference.attention(qkv), same_dtype(qkv)
