@@ -84,7 +84,9 @@ def failures(row: Row) -> list[str]:
     if row.kernel in COPIES:
         least = required.copy_bytes
         copies = code.copies()
-        if not copies or min(width for width, _ in copies) < least:
+        if not copies:
+            failed.append("no copies that feed the main loop")
+        elif min(width for width, _ in copies) < least:
             failed.append(f"copies narrower than {least} bytes: {code.copies_text()}")
         if ASYNC.match(row.arch) and not all(asynchronous for _, asynchronous in copies):
             failed.append(f"synchronous loads in the main loop: {code.copies_text()}")

@@ -136,7 +136,8 @@ def attention_config(dtype: torch.dtype, head_dim: int, arch: str) -> dict[str, 
     """The default tile: of those that do not spill, the one with the lowest static bound (docs/static.md)."""
     if dtype == torch.float32:
         # 72's second slice of 8, padded to 16, spills at 64 rows.
-        return {"BLOCK_M": 32 if head_dim % 32 else 64, "BLOCK_N": 16, "num_warps": 8, "num_stages": 2}
+        rows = 16 if arch.startswith("gfx11") else 32 if head_dim % 32 else 64
+        return {"BLOCK_M": rows, "BLOCK_N": 16, "num_warps": 8, "num_stages": 2}
     config = {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2}
     if arch == "sm_80":
         return config | {"BLOCK_N": 32, "num_warps": 4, "num_stages": 3}

@@ -84,10 +84,12 @@ def gelu_tanh(x):
 
 def gemm_config(dtype: torch.dtype, arch: str) -> dict[str, int]:
     """The default tile of a GEMM kernel; compiles without spills on every architecture of docs/static.md."""
-    config = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "GROUP_M": 8, "num_warps": 8, "num_stages": 3}
-    if dtype == torch.float32:
-        return config | {"BLOCK_K": 16}
-    return config | {"num_stages": 2} if arch.startswith("gfx11") else config
+    fp32 = dtype == torch.float32
+    if arch.startswith("gfx11"):
+        tile = {"BLOCK_M": 64 if fp32 else 128, "BLOCK_K": 16 if fp32 else 32, "num_stages": 2}
+    else:
+        tile = {"BLOCK_M": 128, "BLOCK_K": 16 if fp32 else 64, "num_stages": 3}
+    return tile | {"BLOCK_N": 128, "GROUP_M": 8, "num_warps": 8}
 
 
 def gemm_grid(M: int, N: int, config: dict[str, int]) -> tuple[int]:

@@ -52,3 +52,15 @@ def poison_empty(monkeypatch):
 
     for name in ("empty", "empty_like"):
         monkeypatch.setattr(torch, name, poisoned(getattr(torch, name)))
+
+
+def pytest_terminal_summary(terminalreporter):
+    reports = [
+        (outcome, report)
+        for outcome in ("passed", "failed")
+        for report in terminalreporter.getreports(outcome)
+        if "test_mutants.py::test_killed" in report.nodeid
+    ]
+    if reports:
+        killed = sum(outcome == "passed" for outcome, _ in reports)
+        terminalreporter.write_line(f"{killed} of {len(reports)} mutants killed")

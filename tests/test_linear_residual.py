@@ -3,6 +3,8 @@
 import pytest
 import reference
 import torch
+from siglip_fast.kernels.gemm import gemm_config
+from siglip_fast.kernels.linear_residual import linear_residual
 from torch.nn import functional as F
 
 from siglip_fast.ops import Linear, Ops
@@ -60,3 +62,16 @@ def test_moments_survive_a_large_mean(device):
     x = (torch.randn(5, 128) + 1e4).to(device)
     _, moments = Ops("triton").linear_residual(x, linear, None)
     assert reference.relative_error(moments[:, 1], reference.moments(x)[:, 1]) < 1e-3
+
+
+@pytest.mark.parametrize("backend", ["triton"])
+def test_the_tile_of_gfx11(dtype, backend, device):
+    """The one default GEMM tile that no other test on this device runs."""
+    torch.manual_seed(0)
+    x, residual = torch.randn(131, 136).to(device, dtype), torch.randn(131, 200).to(device, dtype)
+    weight, bias = torch.randn(200, 136).to(device, dtype), torch.randn(200).to(device, dtype)
+    tile = gemm_config(dtype, "gfx1100")
+    assert tile != gemm_config(dtype, "sm_90")
+    out, _ = linear_residual(x, weight, bias, residual, tile)
+    same_dtype = F.linear(x, weight, bias) + residual
+    reference.assert_accurate(out, reference.linear(x, weight, bias) + residual.double(), same_dtype)
