@@ -1,7 +1,6 @@
 """Compare tiles of the attention kernel by their static bound: what `attention_config` was chosen by. Without a GPU.
 
 python bench/tiles.py [--arch sm_80 --arch sm_90 …] [--markdown OUT]
-
 """
 
 import argparse
@@ -11,12 +10,11 @@ import os
 import sys
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import bound
 import torch
-from gates import TENSOR, failures
+from gates import failures
 from siglip_fast.kernels.attention import attention, attention_config
 from static import describe, launches_of, write
 from tqdm import tqdm
@@ -29,7 +27,8 @@ CANDIDATES = [
 SHOWN = 3
 ABOUT = """For each architecture and head_dim: the tiles that pass the gates of bench/static.py, those with the
 lowest bound first, and the default. The bound is that of bench/bound.py (uncalibrated, no GPU was involved), in bf16 at
-batch 64; AMD has none there, so its tiles are sorted by occupancy."""
+batch 64. It counts no AMD instructions, so AMD is not here."""
+ARCHES = {gpu.arch: gpu for gpu in reversed(bound.GPUS)}  # of several the first
 Tile = tuple[float, float, str, dict]  # bound in µs, −occupancy, the row's text, the tile
 
 
@@ -44,29 +43,11 @@ def compile_tile(arch: str, head_dim: int, config: dict[str, int]) -> Tile | Non
     if failures(row):
         return None
     row.calls["attention"] = Counter([bound.Work.of("attention", arguments, grid)])
-    gpu = next((gpu for gpu in bound.GPUS if gpu.arch == arch), None)
-    time, binds, code = 0.0, "–", row.code
-    if gpu:
-        [launch] = bound.launches(gpu, [row], "attention")
-        time, binds = launch.compiled, f"{launch.compiled:.0f} ({gpu.name}: {launch.binds})"
-    text = f"{binds} | {code.registers} | {code.shared / 1024:.0f} | {code.occupancy:.0f}"
-    return time, -code.occupancy, text, config
-
-
-def compile_all(arch: str, head_dim: int, processes: int) -> list[Tile]:
-    """In child processes, because LLVM aborts on some tiles; then once more, one by one, without those."""
-    spawn = multiprocessing.get_context("spawn")
-    candidates = [(arch, head_dim, config) for config in CANDIDATES]
-    try:
-        with ProcessPoolExecutor(processes, spawn) as pool:
-            return list(filter(None, pool.map(compile_tile, *zip(*candidates, strict=True))))
-    except BrokenProcessPool:
-        tiles = []
-        for candidate in candidates:
-            with ProcessPoolExecutor(1, spawn) as pool:
-                future = pool.submit(compile_tile, *candidate)
-                tiles += [] if isinstance(future.exception(), BrokenProcessPool) else [future.result()]
-        return list(filter(None, tiles))
+    gpu, code = ARCHES[arch], row.code
+    [launch] = bound.launches(gpu, [row], "attention")
+    bind = f"{launch.compiled:.0f} ({gpu.name}: {launch.binds})"
+    text = f"{bind} | {code.registers} | {code.shared / 1024:.0f} | {code.occupancy:.0f}"
+    return launch.compiled, -code.occupancy, text, config
 
 
 def table(arch: str, head_dim: int, tiles: list[Tile]) -> list[str]:
@@ -82,7 +63,7 @@ def table(arch: str, head_dim: int, tiles: list[Tile]) -> list[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--arch", action="append", choices=TENSOR, help="default: all of them")
+    parser.add_argument("--arch", action="append", choices=sorted(ARCHES), help="default: all of them")
     parser.add_argument("--processes", type=int, default=min(os.cpu_count() or 1, 8))
     parser.add_argument("--markdown", type=Path, metavar="OUT")
     arguments = parser.parse_args()
@@ -91,8 +72,11 @@ def main() -> int:
         "| arch | head_dim | rank | BLOCK_M×BLOCK_N, num_warps, num_stages | bound µs (GPU: pipe) | registers | shared KB | occupancy % |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for arch, head_dim in tqdm(list(itertools.product(arguments.arch or TENSOR, SHAPES)), disable=None):
-        lines += table(arch, head_dim, compile_all(arch, head_dim, arguments.processes))
+    pairs = list(itertools.product(arguments.arch or sorted(ARCHES), SHAPES))
+    with ProcessPoolExecutor(arguments.processes, multiprocessing.get_context("spawn")) as pool:
+        tiles = {pair: [pool.submit(compile_tile, *pair, config) for config in CANDIDATES] for pair in pairs}
+        for pair in tqdm(pairs, disable=None):
+            lines += table(*pair, [tile for future in tiles[pair] if (tile := future.result())])
     print("\n".join(lines))
     if arguments.markdown:
         command = " ".join(["python bench/tiles.py", *sys.argv[1:]])
