@@ -1,6 +1,8 @@
 """Compare tiles of the attention kernel by their static bound: what `attention_config` was chosen by. Without a GPU.
 
-python bench/tiles.py [--arch sm_80 --arch sm_90 …] [--markdown OUT]
+    python bench/tiles.py [--arch sm_80 --arch sm_90 …] [--markdown OUT]
+
+Some minutes on two cores the first time; Triton caches what it compiled.
 """
 
 import argparse
