@@ -17,7 +17,7 @@ from transformers.utils import TransformersKwargs
 
 from .backends.select import NAMES, backend_for
 from .forward import forward
-from .ops import DTYPES, Ops
+from .ops import DTYPES
 from .weights import Derived
 
 logger = logging.getLogger("siglip_fast")
@@ -81,8 +81,7 @@ class SiglipVisionModel(transformers.SiglipVisionModel):
             position = self._position(pixel_values, interpolate_pos_encoding)
             if pixel_values.dtype not in DTYPES:
                 pixel_values = pixel_values.to(position.dtype)
-            ops = Ops(self.backend_for(pixel_values.device))
-            last_hidden_state, pooler_output = forward(ops, derived.weights, pixel_values, position)
+            last_hidden_state, pooler_output = forward(derived.ops, derived.weights, pixel_values, position)
         output = BaseModelOutputWithPooling(last_hidden_state=last_hidden_state, pooler_output=pooler_output)
         return_dict = kwargs.get("return_dict", getattr(self.config, "return_dict", True))
         return output.to_tuple() if return_dict is False else output
@@ -110,11 +109,18 @@ class SiglipVisionModel(transformers.SiglipVisionModel):
     def _tower(self) -> nn.Module:
         return getattr(self, "vision_model", self)  # nested until transformers 5.6
 
+    def _patch_weight(self) -> Tensor | None:
+        return self._tower.embeddings.patch_embedding._parameters.get(
+            "weight"
+        )  # a replaced module may have none
+
     def _current(self) -> Derived:
         derived = self._derived  # once: another thread may drop it
-        if derived is None or not derived.source.is_unchanged():
+        weight = self._patch_weight()
+        backend = (self.backend_for(weight.device) if weight is not None else None) or "torch"
+        if derived is None or derived.backend != backend or not derived.source.is_unchanged():
             derived = self._derived = None  # the old copies go before the new ones are made
-            derived = self._derived = Derived(self._tower)
+            derived = self._derived = Derived(self._tower, backend)
         return derived
 
     def _call_reasons(self, pixel_values: Tensor, kwargs: dict) -> Iterator[str]:
@@ -133,7 +139,7 @@ class SiglipVisionModel(transformers.SiglipVisionModel):
             yield "the batch is empty"
         yield from _mode_reasons(pixel_values.device)
         yield from self._request_reasons(kwargs)
-        weight = self._tower.embeddings.patch_embedding._parameters.get("weight")
+        weight = self._patch_weight()
         if weight is not None and pixel_values.device != weight.device:
             yield f"pixel_values are on {pixel_values.device}, the parameters on {weight.device}"
         elif reason := backend_for(self.backend, pixel_values.device)[1]:

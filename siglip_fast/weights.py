@@ -1,15 +1,16 @@
 """Derived weights: the tower's parameters, merged and folded as the operations want them.
 
-They never enter the state dict. Output projection, fc2, patch and position embedding are the parameters' own memory;
-the merged QKV and fc1, into which LayerNorm is folded, are copies.
+They never enter the state dict. The merged QKV and fc1, into which LayerNorm is folded, are copies; the others are the
+parameters' own memory, unless the backend packs weights, which makes a copy of each matrix.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .ops import Linear, Norm, NormedLinear, PatchEmbedding, Pool
+from .ops import Linear, Norm, NormedLinear, Ops, PatchEmbedding, Pool
 from .source import Source, Unsupported
 
 
@@ -36,10 +37,12 @@ class TowerWeights(NamedTuple):
 
 
 class Derived:
-    """The derived weights of a tower, made when first asked for, or the reason why there are none."""
+    """The derived weights of a tower for one backend, made when first asked for, or the reason why there are none."""
 
-    def __init__(self, tower: nn.Module):
+    def __init__(self, tower: nn.Module, backend: str):
         self.source = Source(tower)
+        self.backend = backend
+        self.ops = Ops(backend)
         self.weights: TowerWeights | None = None
         self._reason: str | None = None
 
@@ -59,38 +62,46 @@ class Derived:
         # Also under inference_mode the copies have to be ordinary tensors: they outlive it.
         with torch.inference_mode(False), torch.no_grad():
             self.source.check()
-            weights = _tower_weights(self.source.tower)
+            weights = _tower_weights(self.source.tower, self.ops.pack_weight)
         if weights.patch.weight.is_cuda and torch.cuda.is_initialized():
             # The next forward may come on another stream, which would not wait for this one.
             torch.cuda.current_stream(weights.patch.weight.device).synchronize()
         self.weights = weights
 
 
-def _tower_weights(tower: nn.Module) -> TowerWeights:
+Pack = Callable[[Tensor], Tensor]
+
+
+def _as_it_is(weight: Tensor) -> Tensor:
+    return weight
+
+
+def _tower_weights(tower: nn.Module, pack: Pack = _as_it_is) -> TowerWeights:
     conv = tower.embeddings.patch_embedding
+    weight = pack(_plain(conv.weight).flatten(1))
     return TowerWeights(
-        patch=PatchEmbedding(_plain(conv.weight).flatten(1), _plain(conv.bias), tower.embeddings.patch_size),
-        layers=[_layer_weights(layer) for layer in tower.encoder.layers],
+        patch=PatchEmbedding(weight, _plain(conv.bias), tower.embeddings.patch_size),
+        layers=[_layer_weights(layer, pack) for layer in tower.encoder.layers],
         post_layernorm=_norm(tower.post_layernorm),
-        head=_head_weights(tower.head) if tower.use_head else None,
+        head=_head_weights(tower.head, pack) if tower.use_head else None,
         num_heads=tower.encoder.layers[0].self_attn.num_heads,
     )
 
 
-def _layer_weights(layer: nn.Module) -> LayerWeights:
+def _layer_weights(layer: nn.Module, pack: Pack) -> LayerWeights:
     attention = layer.self_attn
     projections = (attention.q_proj, attention.k_proj, attention.v_proj)
     weight = torch.cat([p.weight for p in projections])
     bias = torch.cat([p.bias for p in projections])
     return LayerWeights(
-        qkv=_fold(layer.layer_norm1, weight, bias),
-        out_proj=_linear(attention.out_proj),
-        fc1=_fold(layer.layer_norm2, layer.mlp.fc1.weight, layer.mlp.fc1.bias),
-        fc2=_linear(layer.mlp.fc2),
+        qkv=_fold(layer.layer_norm1, weight, bias, pack),
+        out_proj=_linear(attention.out_proj, pack),
+        fc1=_fold(layer.layer_norm2, layer.mlp.fc1.weight, layer.mlp.fc1.bias, pack),
+        fc2=_linear(layer.mlp.fc2, pack),
     )
 
 
-def _head_weights(head: nn.Module) -> HeadWeights:
+def _head_weights(head: nn.Module, pack: Pack = _as_it_is) -> HeadWeights:
     attention, H = head.attention, head.attention.num_heads
     query_weight, key_weight, value_weight = _plain(attention.in_proj_weight).chunk(3)
     query_bias, _, value_bias = _plain(attention.in_proj_bias).chunk(3)
@@ -100,9 +111,9 @@ def _head_weights(head: nn.Module) -> HeadWeights:
     scores = (query[:, :, None] * key_weight.float().unflatten(0, (H, -1))).sum(1)
     return HeadWeights(
         pool=Pool(scores, Linear(value_weight, value_bias)),
-        out_proj=_linear(attention.out_proj),
-        fc1=_fold(head.layernorm, head.mlp.fc1.weight, head.mlp.fc1.bias),
-        fc2=_linear(head.mlp.fc2),
+        out_proj=_linear(attention.out_proj, pack),
+        fc1=_fold(head.layernorm, head.mlp.fc1.weight, head.mlp.fc1.bias, pack),
+        fc2=_linear(head.mlp.fc2, pack),
     )
 
 
@@ -111,15 +122,15 @@ def _plain(parameter: Tensor) -> Tensor:
     return parameter.detach().resolve_neg().contiguous()
 
 
-def _linear(linear: nn.Linear) -> Linear:
-    return Linear(_plain(linear.weight), _plain(linear.bias))
+def _linear(linear: nn.Linear, pack: Pack) -> Linear:
+    return Linear(pack(_plain(linear.weight)), _plain(linear.bias))
 
 
 def _norm(norm: nn.LayerNorm) -> Norm:
     return Norm(_plain(norm.weight), _plain(norm.bias), norm.eps)
 
 
-def _fold(norm: nn.LayerNorm, weight: Tensor, bias: Tensor) -> NormedLinear:
+def _fold(norm: nn.LayerNorm, weight: Tensor, bias: Tensor, pack: Pack = _as_it_is) -> NormedLinear:
     """LN(x)·Wᵀ + b as a GEMM on x: see `siglip_fast.kernels.layernorm_linear`."""
     product = _plain(weight).float() * norm.weight.float()
     folded = product.to(weight.dtype)
@@ -129,7 +140,7 @@ def _fold(norm: nn.LayerNorm, weight: Tensor, bias: Tensor) -> NormedLinear:
         if lost.any():
             raise Unsupported("a LayerNorm's weight times the projection behind it leaves float16's range")
     return NormedLinear(
-        weight=folded,
+        weight=pack(folded),
         # From the rounded weights: what the GEMM multiplies the mean by.
         colsum=folded.float().sum(1),
         bias=(weight.float() * norm.bias.float()).sum(1) + bias.float(),

@@ -46,7 +46,9 @@ def moments_of(x, backend):
 @pytest.mark.parametrize("M, K, N", SHAPES)
 def test_accuracy(M, K, N, gelu, dtype, backend, device):
     x, norm, weight, bias = make(M, K, N, dtype, device)
-    out = Ops(backend).layernorm_linear(x, moments_of(x, backend), _fold(norm, weight, bias), gelu)
+    out = Ops(backend).layernorm_linear(
+        x, moments_of(x, backend), _fold(norm, weight, bias, Ops(backend).pack_weight), gelu
+    )
     expected = reference.linear(reference.layernorm(x, norm.weight, norm.bias, norm.eps), weight, bias)
     same_dtype = F.linear(norm(x), weight, bias)
     if gelu:
@@ -57,7 +59,9 @@ def test_accuracy(M, K, N, gelu, dtype, backend, device):
 def test_eps_counts(dtype, backend, device):
     x, norm, weight, bias = make(3, 128, 136, dtype, device)
     x, norm.eps = (0.1 * torch.randn(3, 128)).to(device, dtype), 0.5
-    out = Ops(backend).layernorm_linear(x, moments_of(x, backend), _fold(norm, weight, bias))
+    out = Ops(backend).layernorm_linear(
+        x, moments_of(x, backend), _fold(norm, weight, bias, Ops(backend).pack_weight)
+    )
     expected = reference.linear(reference.layernorm(x, norm.weight, norm.bias, 0.5), weight, bias)
     reference.assert_accurate(out, expected, F.linear(norm(x), weight, bias))
 
@@ -66,7 +70,9 @@ def test_a_mean_that_dwarfs_the_deviation(dtype, backend, device):
     """What the mean contributes to the GEMM is many times what is to remain."""
     x, norm, weight, bias = make(3, 768, 136, dtype, device)
     x = (torch.randn(3, 768) + 30).to(device, dtype)
-    out = Ops(backend).layernorm_linear(x, moments_of(x, backend), _fold(norm, weight, bias))
+    out = Ops(backend).layernorm_linear(
+        x, moments_of(x, backend), _fold(norm, weight, bias, Ops(backend).pack_weight)
+    )
     expected = reference.linear(reference.layernorm(x, norm.weight, norm.bias, norm.eps), weight, bias)
     reference.assert_accurate(out, expected, F.linear(norm(x), weight, bias))
 

@@ -31,8 +31,9 @@ def test_accuracy(M, K, N, with_residual, dtype, backend, device):
     x = torch.randn(M, K).to(device, dtype)
     linear = Linear((torch.randn(N, K) * K**-0.5).to(device, dtype), torch.randn(N).to(device, dtype))
     linear.weight[:, -1] *= 8
+    packed = linear._replace(weight=Ops(backend).pack_weight(linear.weight))
     residual = reference.outliers(M, N).to(device, dtype) if with_residual else None
-    out, moments = Ops(backend).linear_residual(x, linear, residual)
+    out, moments = Ops(backend).linear_residual(x, packed, residual)
     expected, same_dtype = reference.linear(x, *linear), F.linear(x, *linear)
     if with_residual:
         expected, same_dtype = expected + residual.double(), same_dtype + residual

@@ -31,7 +31,8 @@ def make(B, C, height, width, p, D, dtype, device):
 
 
 def check(backend, pixel_values, weight, bias, position):
-    patch = PatchEmbedding(weight.flatten(1), bias, weight.shape[-1])
+    packed = Ops(backend).pack_weight(weight.flatten(1))
+    patch = PatchEmbedding(packed, bias, weight.shape[-1])
     out, moments = Ops(backend).patch_embed(pixel_values, patch, position)
     cast = pixel_values.to(weight.dtype)
     expected = reference.patch_embed(cast, weight, bias, position)

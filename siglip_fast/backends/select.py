@@ -2,7 +2,7 @@
 
 auto     triton on CUDA and ROCm devices, cpu on CPUs
 triton   the fused kernels; on CPU tensors only where Triton itself can run them (its interpreter)
-cpu      the CPU backend; for now the same code as torch
+cpu      oneDNN's fused GEMMs on packed weights, where there is oneDNN on x86; else the same code as torch
 torch    plain torch: the reference and fallback, any device
 """
 
@@ -34,7 +34,7 @@ def backend_for(name: str, device: torch.device) -> tuple[str | None, str | None
 
 def load(name: str) -> ModuleType:
     """The module that implements the operations for a backend's name."""
-    return importlib.import_module(f"siglip_fast.backends.{'torch' if name == 'cpu' else name}")
+    return importlib.import_module(f"siglip_fast.backends.{name}")
 
 
 @functools.cache

@@ -8,16 +8,22 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
+def pack_weight(weight):
+    return weight
+
+
 def patch_embed(pixel_values, patch, position):
-    p = patch.patch_size
-    weight = patch.weight
-    pixel_values = pixel_values.to(weight.dtype)
+    # One GEMM over flattened patches: unlike a convolution's, its result is contiguous along the channels.
+    patches = flat_patches(pixel_values.to(patch.weight.dtype), patch.patch_size)
+    return F.linear(patches, patch.weight, patch.bias) + position, None
+
+
+def flat_patches(pixel_values: Tensor, p: int) -> Tensor:
+    """`[B, C, H, W]` → `[B, N, C·p·p]`."""
     B, C, height, width = pixel_values.shape
     rows, columns = height // p, width // p
-    # One GEMM over flattened patches: unlike a convolution's, its result is contiguous along the channels.
     patches = pixel_values[:, :, : rows * p, : columns * p].reshape(B, C, rows, p, columns, p)
-    patches = patches.permute(0, 2, 4, 1, 3, 5).reshape(B, rows * columns, C * p * p)
-    return F.linear(patches, weight, patch.bias) + position, None
+    return patches.permute(0, 2, 4, 1, 3, 5).reshape(B, rows * columns, C * p * p)
 
 
 def layernorm_linear(hidden_states, moments, linear, gelu):

@@ -7,7 +7,19 @@ from siglip_fast.kernels.layernorm_linear import layernorm_linear as _layernorm_
 from siglip_fast.kernels.linear_residual import linear_residual as _linear_residual
 from siglip_fast.kernels.patch_embed import patch_embed as _patch_embed
 
-__all__ = ["attention", "attention_pool", "layernorm", "layernorm_linear", "linear_residual", "patch_embed"]
+__all__ = [
+    "attention",
+    "attention_pool",
+    "layernorm",
+    "layernorm_linear",
+    "linear_residual",
+    "pack_weight",
+    "patch_embed",
+]
+
+
+def pack_weight(weight):
+    return weight
 
 
 def patch_embed(pixel_values, patch, position):
