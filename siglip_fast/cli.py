@@ -1,10 +1,10 @@
-"""The command line, `siglip-fast embed | demo`: arguments only; the work is in a module each."""
+"""The command line, `siglip-fast embed | demo | info`: arguments only; the work is in a module each."""
 
 import argparse
 import os
 import sys
 
-from . import __version__, demo, embed
+from . import __version__, demo, embed, info
 from .loading import UserError
 
 
@@ -27,6 +27,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_embed(commands)
     _add_demo(commands)
+    _add_info(commands)
     return parser
 
 
@@ -91,6 +92,24 @@ def _add_demo(commands: argparse._SubParsersAction) -> None:
     _add_model(parser.add_mutually_exclusive_group(), random_weights="base-patch16-224")
     _add_where(parser)
     parser.set_defaults(run=demo.run)
+
+
+def _add_info(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "info",
+        help="what would run here, why, and in how much memory",
+        description="Prints versions, the device, the backend that runs a model on it and why, and the memory "
+        "that its derived weights take beside the parameters.",
+    )
+    _add_model(parser.add_mutually_exclusive_group(), random_weights="base-patch16-224")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        default="float32",
+        help="of the model (default: float32)",
+    )
+    _add_where(parser)
+    parser.set_defaults(run=info.run)
 
 
 def _add_model(group: argparse._MutuallyExclusiveGroup, random_weights: str | None) -> None:

@@ -99,6 +99,10 @@ class SiglipVisionModel(transformers.SiglipVisionModel):
         """The backend that runs for tensors on `device`: "triton", "cpu", "torch", or None where there is none."""
         return backend_for(self.backend, torch.device(device))[0]
 
+    def derived_bytes(self) -> int:
+        """Memory that the derived weights take beside the parameters, in bytes; 0 before the first fused forward."""
+        return self._derived.memory() if self._derived else 0
+
     @classmethod
     def is_custom_code(cls) -> bool:
         # transformers 5 renames the keys of older checkpoints only for classes that it takes for its own; without

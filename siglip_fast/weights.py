@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from .ops import Linear, Norm, NormedLinear, Ops, PatchEmbedding, Pool
 from .source import Source, Unsupported
@@ -57,6 +58,13 @@ class Derived:
             except Unsupported as unsupported:
                 self._reason = str(unsupported)
         return self._reason
+
+    def memory(self) -> int:
+        """Bytes of the derived weights that are not the parameters' own memory."""
+        own = {p.untyped_storage().data_ptr() for p in self.source.tower.parameters()}
+        tensors = [leaf for leaf in tree_leaves(self.weights) if isinstance(leaf, Tensor)]
+        copies = [t for t in tensors if t.is_mkldnn or t.untyped_storage().data_ptr() not in own]
+        return sum(t.numel() * t.element_size() for t in copies)
 
     def _derive(self) -> None:
         # Also under inference_mode the copies have to be ordinary tensors: they outlive it.
