@@ -1,6 +1,6 @@
-"""Table and plot of a CPU benchmark: `python bench/report.py RESULTS.json [--markdown OUT.md] [--plot OUT.png]`.
+"""Table and plot of a CPU benchmark: `python bench/report.py RESULTS.json… [--markdown OUT.md] [--plot OUT.png]`.
 
-RESULTS.json is what `pytest bench/test_cpu.py --benchmark-json RESULTS.json` wrote.
+RESULTS.json is what `pytest bench/test_cpu.py --benchmark-json RESULTS.json` wrote; several are put together.
 """
 
 import argparse
@@ -32,7 +32,7 @@ def table(results: dict) -> list[str]:
     return lines
 
 
-def markdown(results: dict, source: str) -> str:
+def markdown(results: dict) -> str:
     machine, first = results["machine_info"], results["benchmarks"][0]["extra_info"]
     versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
     missing = sorted({m for benchmark in results["benchmarks"] for m in benchmark["extra_info"]["missing"]})
@@ -44,7 +44,7 @@ def markdown(results: dict, source: str) -> str:
         [
             "# The CPU backend against its peers",
             "",
-            f"Written by `python bench/report.py {source}` from `pytest bench/test_cpu.py`, {results['datetime'][:10]}.",
+            f"Written by `python bench/report.py` from `pytest bench/test_cpu.py`, {results['datetime'][:10]}.",
             f"{machine['cpu']['brand_raw']}, {first['threads']} threads, Python {machine['python_version']}, {versions}.",
             "",
             "Median milliseconds a forward, and in parentheses how many times faster siglip_fast is. Every round ran each",
@@ -88,18 +88,19 @@ def plot(results: dict, path: Path) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("results", type=Path)
+    parser.add_argument("results", type=Path, nargs="+")
     parser.add_argument("--markdown", type=Path, metavar="OUT")
     parser.add_argument("--plot", type=Path, metavar="OUT")
     arguments = parser.parse_args()
-    results = json.loads(arguments.results.read_text())
+    files = [json.loads(path.read_text()) for path in arguments.results]
+    results = files[0] | {"benchmarks": [benchmark for file in files for benchmark in file["benchmarks"]]}
     if not results["benchmarks"]:
-        print(f"{arguments.results}: no benchmark in it")
+        print("no benchmark in there")
         return 1
     print("\n".join(table(results)))
     if arguments.markdown:
         with atomic(arguments.markdown) as file:
-            file.write(markdown(results, arguments.results.name).encode())
+            file.write(markdown(results).encode())
     if arguments.plot:
         plot(results, arguments.plot)
     return 0
