@@ -32,7 +32,7 @@ def table(results: dict) -> list[str]:
     return lines
 
 
-def markdown(results: dict) -> str:
+def markdown(results: dict, picture: str | None) -> str:
     machine, first = results["machine_info"], results["benchmarks"][0]["extra_info"]
     versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
     missing = sorted({m for benchmark in results["benchmarks"] for m in benchmark["extra_info"]["missing"]})
@@ -52,6 +52,7 @@ def markdown(results: dict) -> str:
             "",
             *table(results),
             "",
+            *([f"![The same as bars]({picture})", ""] if picture else []),
             "Relative error of pooler_output against stock eager in float32, siglip_fast's and the worst of all peers:",
             "",
             *(f"- {' '.join(map(str, case))}: {ours:.1e}, worst {worst:.1e}" for worst, ours, case in errors),
@@ -100,7 +101,8 @@ def main() -> int:
     print("\n".join(table(results)))
     if arguments.markdown:
         with atomic(arguments.markdown) as file:
-            file.write(markdown(results).encode())
+            picture = arguments.plot.name if arguments.plot else None
+            file.write(markdown(results, picture).encode())
     if arguments.plot:
         plot(results, arguments.plot)
     return 0
