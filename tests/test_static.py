@@ -26,7 +26,7 @@ def gate(arch, launch):
     with launches_of(arch) as launches:
         launch()
     function, arguments, _, kernel = launches[0]
-    print("; ".join(failures(describe(arch, "bf16", function, arguments, kernel))) or "ok")
+    print("; ".join(failures(describe(arch, "bf16", function, arguments, kernel))) or "every gate holds")
 
 def tile(m, n, warps, stages):
     return dict(BLOCK_M=m, BLOCK_N=n, num_warps=warps, num_stages=stages)
@@ -39,7 +39,7 @@ def residual(K=1152, **changes):
     linear_residual(x, w, empty(1152), empty(64, 729, 1152), gemm | changes)
 """
 CASES = {
-    "shipped": ("gate('sm_80', residual)", "ok"),
+    "shipped": ("gate('sm_80', residual)", "every gate holds"),
     "spill": ("gate('sm_120', lambda: attention(qkv, tile(128, 64, 8, 2)))", "spills"),
     "shared-memory": ("gate('sm_86', lambda: residual(num_stages=6))", "shared memory"),
     "synchronous": (
