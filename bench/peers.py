@@ -1,6 +1,6 @@
 """The peers of the CPU benchmark: each a callable that runs one forward and returns `pooler_output`, in one dtype.
 
-All share the stock model's parameters or are converted from it. torch.compile, onnxruntime and OpenVINO fold what they
+All have the same weights, drawn from one seed. torch.compile, onnxruntime and OpenVINO fold what they
 can (freezing), as siglip_fast does.
 """
 
@@ -18,10 +18,21 @@ from siglip_fast import SiglipVisionModel
 Forward = Callable[[], Tensor]
 
 
+class NoSuchKernels(Exception):
+    """The peer cannot compute in this dtype."""
+
+
 def stock(config, attention: str, dtype: torch.dtype) -> nn.Module:
     torch.manual_seed(0)
     make = transformers.SiglipVisionModel._from_config
     return make(copy.deepcopy(config), attn_implementation=attention).to(dtype).eval()
+
+
+def make_contiguous(model: nn.Module) -> nn.Module:
+    """Stock's residual stream is a transposed convolution output; this is what a user who knows that would do."""
+    embeddings = getattr(model, "vision_model", model).embeddings  # nested until transformers 5.6
+    embeddings.register_forward_hook(lambda module, args, output: output.contiguous())
+    return model
 
 
 def _torch(model: nn.Module, pixels: Tensor) -> Forward:
@@ -37,11 +48,7 @@ def sdpa(config, dtype, pixels):
 
 
 def sdpa_contiguous(config, dtype, pixels):
-    """Stock's residual stream is a transposed convolution output; this is what a user who knows that would do."""
-    model = stock(config, "sdpa", dtype)
-    embeddings = getattr(model, "vision_model", model).embeddings
-    embeddings.register_forward_hook(lambda module, args, output: output.contiguous())
-    return _torch(model, pixels)
+    return _torch(make_contiguous(stock(config, "sdpa", dtype)), pixels)
 
 
 def compiled(config, dtype, pixels):
@@ -65,7 +72,7 @@ def onnxruntime(config, dtype, pixels):
     import onnxruntime as ort
 
     if dtype != torch.float32:
-        raise NotImplementedError("no bf16 kernels")
+        raise NoSuchKernels("no bf16 kernels")
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "model.onnx")
         torch.onnx.export(_Pooled(stock(config, "sdpa", dtype)), (pixels,), path, dynamo=True, verbose=False)

@@ -11,7 +11,7 @@ import time
 from collections import defaultdict
 
 import torch
-from test_cpu import matmul_peak
+from matmul_limit import flops, matmul_peak
 
 from siglip_fast import SiglipVisionModel, forward, ops
 from siglip_fast.backends.select import NAMES
@@ -41,19 +41,6 @@ class Timed(ops.Ops):
             return out
 
         return timed
-
-
-def flops(config, batch_size: int) -> dict[str, float]:
-    D, F, L = config.hidden_size, config.intermediate_size, config.num_hidden_layers
-    N = (config.image_size // config.patch_size) ** 2
-    rows = 2 * batch_size * N
-    return {
-        "patch_embed": rows * 3 * config.patch_size**2 * D,
-        f"layernorm_linear → {3 * D}": L * rows * 3 * D * D,
-        f"layernorm_linear → {F}": L * rows * D * F,
-        f"linear_residual → {D}": L * rows * (D * D + D * F),
-        "attention": L * rows * 2 * N * D,
-    }
 
 
 def main() -> None:

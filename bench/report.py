@@ -11,8 +11,7 @@ from pathlib import Path
 from siglip_fast.sinks import atomic
 
 
-def table(results: dict) -> list[str]:
-    cases = [benchmark["extra_info"] for benchmark in results["benchmarks"]]
+def table(cases: list[dict]) -> list[str]:
     peers = list(dict.fromkeys(peer for case in cases for peer in case["milliseconds"]))
     lines = [
         f"| model, batch, dtype | {' | '.join(peers)} | matmul limit |",
@@ -27,48 +26,52 @@ def table(results: dict) -> list[str]:
                 continue
             ratio = "" if peer == "siglip_fast" else f" ({case['speedup'][peer]:.2f})"
             cells.append(f"{case['milliseconds'][peer]:.0f}{ratio}")
-        limit = case["gflops"] / case["matmul_peak_gflops"] * 1e3
-        lines.append(f"| {variant}, {batch_size}, {dtype} | {' | '.join(cells)} | {limit:.0f} |")
+        lines.append(f"| {variant}, {batch_size}, {dtype} | {' | '.join(cells)} | {matmul_limit(case):.0f} |")
     return lines
 
 
-def markdown(results: dict, picture: str | None) -> str:
-    machine, first = results["machine_info"], results["benchmarks"][0]["extra_info"]
+def matmul_limit(case: dict) -> float:
+    """Milliseconds of the forward's FLOPs at the speed of the best GEMM."""
+    return case["gflops"] / case["matmul_peak_gflops"] * 1e3
+
+
+def markdown(about: dict, cases: list[dict], picture: str | None) -> str:
+    machine, first = about["machine_info"], cases[0]
     versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
-    missing = sorted({m for benchmark in results["benchmarks"] for m in benchmark["extra_info"]["missing"]})
-    errors = [
-        (max(info["relative_error"].values()), info["relative_error"]["siglip_fast"], info["case"])
-        for info in (benchmark["extra_info"] for benchmark in results["benchmarks"])
-    ]
+    missing = sorted({peer for case in cases for peer in case["missing"]})
+    errors = [(case["case"], case["relative_error"]) for case in cases]
     return "\n".join(
         [
             "# The CPU backend against its peers",
             "",
-            f"Written by `python bench/report.py` from `pytest bench/test_cpu.py`, {results['datetime'][:10]}.",
+            "Written by `python bench/report.py RESULTS.json --markdown docs/cpu.md --plot docs/cpu.png` from what",
+            f"`pytest bench/test_cpu.py --benchmark-json RESULTS.json` measured on {about['datetime'][:10]}.",
             f"{machine['cpu']['brand_raw']}, {first['threads']} threads, Python {machine['python_version']}, {versions}.",
             "",
             "Median milliseconds a forward, and in parentheses how many times faster siglip_fast is. Every round ran each",
             "peer once, in turns. Matmul limit: the forward's FLOPs at the speed of oneDNN's best plain GEMM in the same run.",
             "",
-            *table(results),
+            *table(cases),
             "",
             *([f"![The same as bars]({picture})", ""] if picture else []),
             "Relative error of pooler_output against stock eager in float32, siglip_fast's and the worst of all peers:",
             "",
-            *(f"- {' '.join(map(str, case))}: {ours:.1e}, worst {worst:.1e}" for worst, ours, case in errors),
+            *(
+                f"- {' '.join(map(str, case))}: {error['siglip_fast']:.1e}, worst {max(error.values()):.1e}"
+                for case, error in errors
+            ),
             *(["", "Not there: " + "; ".join(missing) + "."] if missing else []),
             "",
         ]
     )
 
 
-def plot(results: dict, path: Path) -> None:
+def plot(cases: list[dict], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    cases = [benchmark["extra_info"] for benchmark in results["benchmarks"]]
     columns = 2
     rows = -(-len(cases) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(12, 2.4 * rows), squeeze=False, layout="constrained")
@@ -77,7 +80,7 @@ def plot(results: dict, path: Path) -> None:
         colors = ["tab:orange" if name == "siglip_fast" else "tab:gray" for name, _ in times]
         bars = axis.barh([name for name, _ in times], [value for _, value in times], color=colors)
         axis.bar_label(bars, fmt="%.0f", padding=2)
-        axis.axvline(case["gflops"] / case["matmul_peak_gflops"] * 1e3, color="tab:blue", linestyle=":")
+        axis.axvline(matmul_limit(case), color="tab:blue", linestyle=":")
         axis.set_title("{}, batch {}, {}".format(*case["case"]))
         axis.set_xlabel("ms (dotted: matmul limit)")
         axis.margins(x=0.12)
@@ -94,17 +97,17 @@ def main() -> int:
     parser.add_argument("--plot", type=Path, metavar="OUT")
     arguments = parser.parse_args()
     files = [json.loads(path.read_text()) for path in arguments.results]
-    results = files[0] | {"benchmarks": [benchmark for file in files for benchmark in file["benchmarks"]]}
-    if not results["benchmarks"]:
+    cases = [benchmark["extra_info"] for file in files for benchmark in file["benchmarks"]]
+    if not cases:
         print("no benchmark in there")
         return 1
-    print("\n".join(table(results)))
+    print("\n".join(table(cases)))
     if arguments.markdown:
         with atomic(arguments.markdown) as file:
             picture = arguments.plot.name if arguments.plot else None
-            file.write(markdown(results, picture).encode())
+            file.write(markdown(files[0], cases, picture).encode())
     if arguments.plot:
-        plot(results, arguments.plot)
+        plot(cases, arguments.plot)
     return 0
 
 

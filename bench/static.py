@@ -110,15 +110,15 @@ def forward(name: str, dtype: torch.dtype, batch: int) -> None:
         model = SiglipVisionModel(config).to(torch.bfloat16)
         pixels = torch.empty((batch, 3, config.image_size, config.image_size), dtype=dtype)
     tower = getattr(model, "vision_model", model)
-    weights = _tower_weights(
-        tower
-    )  # not Derived, which refuses meta parameters; in fp16 it would look at values
+    ops = Ops("triton")
+    # Not Derived, which refuses meta parameters; in bf16 first, because fp16 would look at values.
+    weights = _tower_weights(tower, ops.pack_weight)
     weights = weights._replace(layers=weights.layers * layers)
     weights, position = tree_map(
         lambda x: x.to(dtype) if isinstance(x, torch.Tensor) and x.dtype == torch.bfloat16 else x,
         (weights, tower.embeddings.position_embedding.weight),
     )
-    forward(Ops("triton"), weights, pixels, position)
+    forward(ops, weights, pixels, position)
 
 
 def compile_models(task: Task) -> list[Row]:

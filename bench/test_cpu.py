@@ -7,12 +7,13 @@ pooler_output is compared with stock eager in float32 first. A peer that is not 
 
 import statistics
 import time
-from importlib import metadata
 
 import peers
 import pytest
 import torch
+from matmul_limit import flops, matmul_peak
 
+from siglip_fast.info import version_of
 from siglip_fast.variants import config_for
 
 CASES = [
@@ -35,28 +36,9 @@ def build(config, dtype, pixels) -> tuple[dict[str, peers.Forward], list[str]]:
     for name, make in peers.PEERS.items():
         try:
             built[name] = make(config, dtype, pixels)
-        except (ImportError, NotImplementedError) as reason:
+        except (ImportError, peers.NoSuchKernels) as reason:
             missing.append(f"{name}: {reason}")
     return built, missing
-
-
-def gflops(config) -> float:
-    """Of the layers and the patch embedding, an image; the pooling head is a thousandth of it."""
-    D, F, N = config.hidden_size, config.intermediate_size, (config.image_size // config.patch_size) ** 2
-    patch = 3 * config.patch_size**2 * D
-    return 2 * N * (config.num_hidden_layers * (4 * D * D + 2 * D * F + 2 * N * D) + patch) / 1e9
-
-
-def matmul_peak(dtype) -> float:
-    """GFLOP/s of oneDNN's best plain GEMM here and now: the limit that the forward is held against."""
-    x, w = torch.randn(1024, 3072).to(dtype), torch.randn(3072, 3072).to(dtype)
-    packed = torch.ops.mkldnn._reorder_linear_weight(w)
-    times = []
-    for _ in range(10):
-        start = time.perf_counter()
-        torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
-        times.append(time.perf_counter() - start)
-    return 2 * 1024 * 3072 * 3072 / min(times) / 1e9
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="times CPUs; bench/test_forward.py times GPUs")
@@ -90,15 +72,8 @@ def test_cpu(benchmark, variant, batch_size, rounds, dtype):
         "speedup": {name: round(value / median, 3) for name, value in medians.items()},
         "relative_error": {name: float(f"{value:.1e}") for name, value in errors.items()},
         "missing": missing,
-        "gflops": round(gflops(config) * batch_size, 1),
+        "gflops": round(sum(flops(config, batch_size).values()) / 1e9, 1),
         "matmul_peak_gflops": round(matmul_peak(dtype)),
         "threads": torch.get_num_threads(),
-        "versions": {name: metadata.version(name) for name in VERSIONS if _installed(name)},
+        "versions": {name: version for name in VERSIONS if (version := version_of(name))},
     }
-
-
-def _installed(name: str) -> bool:
-    try:
-        return bool(metadata.version(name))
-    except metadata.PackageNotFoundError:
-        return False

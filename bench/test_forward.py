@@ -5,11 +5,9 @@ transposed convolution output, which every layer then inherits). All share their
 stock eager in float32 before it is timed.
 """
 
-import copy
-
+import peers
 import pytest
 import torch
-import transformers
 
 from siglip_fast import SiglipVisionModel
 from siglip_fast.variants import config_for
@@ -21,15 +19,11 @@ VARIANTS = {"cuda": ["base-patch16-224", "so400m-patch14-384"], "cpu": ["base-pa
 
 
 def build(peer: str, variant: str) -> torch.nn.Module:
-    config = copy.deepcopy(config_for(variant))
+    config = config_for(variant)
     if peer == "siglip_fast":
         return SiglipVisionModel(config, strict=True)
-    attention = "eager" if peer == "eager" else "sdpa"
-    model = transformers.SiglipVisionModel._from_config(config, attn_implementation=attention)
-    if peer == "sdpa-contiguous":
-        embeddings = getattr(model, "vision_model", model).embeddings
-        embeddings.register_forward_hook(lambda module, args, output: output.contiguous())
-    return model
+    model = peers.stock(config, "eager" if peer == "eager" else "sdpa", torch.float32)
+    return peers.make_contiguous(model) if peer == "sdpa-contiguous" else model
 
 
 @pytest.mark.parametrize("peer", ["eager", "sdpa", "sdpa-contiguous", "siglip_fast"])

@@ -27,7 +27,6 @@ layer plus 7, and at most 1.10 times the fused minimum for all activations, thos
 
 import argparse
 import contextlib
-import copy
 import functools
 import itertools
 import json
@@ -39,8 +38,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
+import peers
 import torch
-import transformers
 from siglip_fast.kernels import attention_pool
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -138,16 +137,14 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
 
 
 def meta_model(config: SiglipVisionConfig, attention: str) -> nn.Module:
-    make = transformers.SiglipVisionModel._from_config
     with torch.device("meta"):
-        return make(copy.deepcopy(config), attn_implementation=attention).to(torch.bfloat16).eval()
+        return peers.stock(config, attention, torch.bfloat16)
 
 
 def count_stock(config: SiglipVisionConfig, pixels: Tensor, attention: str, fix: bool = False) -> Counter:
     model = meta_model(config, attention)
     if fix:
-        embeddings = getattr(model, "vision_model", model).embeddings  # nested until transformers 5.6
-        embeddings.register_forward_hook(lambda module, args, output: output.contiguous())
+        peers.make_contiguous(model)
     with counting([*model.parameters(), *model.buffers()]) as counter:
         model(pixels)
     return counter
@@ -157,9 +154,10 @@ def count_ours(config: SiglipVisionConfig, pixels: Tensor) -> Counter:
     model = meta_model(config, "sdpa")
     tower = getattr(model, "vision_model", model)
     position = tower.embeddings.position_embedding.weight
-    weights = _tower_weights(tower)  # not Derived, which refuses meta parameters
+    ops = Ops("triton")
+    weights = _tower_weights(tower, ops.pack_weight)  # not Derived, which refuses meta parameters
     with counting(_tensors((weights, position))) as counter:
-        forward(Ops("triton"), weights, pixels, position)
+        forward(ops, weights, pixels, position)
     return counter
 
 

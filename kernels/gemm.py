@@ -112,6 +112,7 @@ def gpu_arch() -> str:
 
 @functools.cache
 def _arch_of(device) -> str:
+    # of the current device, which is the key
     target = driver.active.get_current_target()
     return f"sm_{target.arch}" if target.backend == "cuda" else target.arch
 

@@ -3,16 +3,20 @@
 import platform
 from argparse import Namespace
 from importlib import metadata
+from typing import TYPE_CHECKING
 
 from .loading import load_model, pick_device, route
+
+if TYPE_CHECKING:  # --help does not need it
+    import torch
 
 
 def run(args: Namespace) -> int:
     import torch
 
     device = pick_device(args.device)
-    for line in (*versions(), *machine(device)):
-        print(line)
+    print(versions())
+    print(machine(device))
     model = load_model(args, device, getattr(torch, args.dtype))
     size = model.config.image_size
     pixels = torch.zeros(1, model.config.num_channels, size, size, dtype=model.dtype, device=device)
@@ -25,24 +29,26 @@ def run(args: Namespace) -> int:
     return 0
 
 
-def versions() -> list[str]:
-    def version(name: str) -> str:
-        try:
-            return f"{name} {metadata.version(name)}"
-        except metadata.PackageNotFoundError:
-            return f"{name} not installed"
-
+def versions() -> str:
     packages = ("siglip-fast", "torch", "triton", "transformers")
-    return [", ".join([f"Python {platform.python_version()}", *map(version, packages)])]
+    found = [f"{name} {version_of(name) or 'not installed'}" for name in packages]
+    return ", ".join([f"Python {platform.python_version()}", *found])
 
 
-def machine(device) -> list[str]:
+def version_of(package: str) -> str | None:
+    """None where it is not installed."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def machine(device: "torch.device") -> str:
     import torch
 
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
-        return [f"{device}: {properties.name}, {properties.total_memory / 1e9:.0f} GB"]
+        return f"{device}: {properties.name}, {properties.total_memory / 1e9:.0f} GB"
     onednn = "oneDNN" if torch.backends.mkldnn.is_available() else "no oneDNN"
-    return [
-        f"{device}: {platform.machine()}, {torch.get_num_threads()} threads, {onednn}, {torch.backends.cpu.get_cpu_capability()}"
-    ]
+    capability = torch.backends.cpu.get_cpu_capability()
+    return f"{device}: {platform.machine()}, {torch.get_num_threads()} threads, {onednn}, {capability}"

@@ -114,15 +114,14 @@ class SiglipVisionModel(transformers.SiglipVisionModel):
         return getattr(self, "vision_model", self)  # nested until transformers 5.6
 
     def _patch_weight(self) -> Tensor | None:
-        return self._tower.embeddings.patch_embedding._parameters.get(
-            "weight"
-        )  # a replaced module may have none
+        # None where the module was replaced by one that has no such parameter
+        return self._tower.embeddings.patch_embedding._parameters.get("weight")
 
     def _current(self) -> Derived:
         derived = self._derived  # once: another thread may drop it
         weight = self._patch_weight()
         backend = (self.backend_for(weight.device) if weight is not None else None) or "torch"
-        if derived is None or derived.backend != backend or not derived.source.is_unchanged():
+        if derived is None or derived.ops.backend != backend or not derived.source.is_unchanged():
             derived = self._derived = None  # the old copies go before the new ones are made
             derived = self._derived = Derived(self._tower, backend)
         return derived

@@ -64,13 +64,14 @@ class Ops:
     """The operations on one backend: `Ops("torch")`, `Ops("cpu")` or `Ops("triton")`."""
 
     def __init__(self, backend: str):
-        self._backend = load(backend)
+        self.backend = backend
+        self._module = load(backend)
         self._carries_moments = backend == "triton"
 
     def pack_weight(self, weight: Tensor) -> Tensor:
         """`weight [out, in]`, contiguous, as the backend's linear operations read it best: maybe an opaque tensor of
         the same shape and dtype, maybe the same tensor. They take it in the place of the weight."""
-        return self._backend.pack_weight(weight)
+        return self._module.pack_weight(weight)
 
     def patch_embed(
         self, pixel_values: Tensor, patch: PatchEmbedding, position: Tensor
@@ -90,7 +91,7 @@ class Ops:
         _check_shape("position", position, (tokens, D))
         _check_shape("bias", patch.bias, (D,))
         _check_like("patch.weight", patch.weight, position=position, bias=patch.bias)
-        return self._backend.patch_embed(pixel_values.resolve_neg(), patch, position)
+        return self._module.patch_embed(pixel_values.resolve_neg(), patch, position)
 
     def layernorm_linear(
         self, hidden_states: Tensor, moments: Tensor | None, linear: NormedLinear, gelu: bool = False
@@ -104,13 +105,13 @@ class Ops:
         for name in ("colsum", "bias"):
             _check_float32(name, getattr(linear, name), (linear.weight.shape[0],))
         self._check_moments(moments, hidden_states)
-        return self._backend.layernorm_linear(hidden_states.contiguous(), moments, linear, gelu)
+        return self._module.layernorm_linear(hidden_states.contiguous(), moments, linear, gelu)
 
     def attention(self, qkv: Tensor) -> Tensor:
         """`softmax(q kᵀ / √d) v` per head: `[B, N, 3, H, d]` → `[B, N, H, d]`. Vaswani et al. 2017, eq. 1."""
         _check_shape("qkv", qkv, (None, None, 3, None, None))
         _check_like("qkv", qkv)
-        return self._backend.attention(qkv.contiguous())
+        return self._module.attention(qkv.contiguous())
 
     def linear_residual(
         self, x: Tensor, linear: Linear, residual: Tensor | None
@@ -123,7 +124,7 @@ class Ops:
             residual = residual.contiguous()
             _check_shape("residual", residual, (*x.shape[:-1], linear.weight.shape[0]))
             _check_like("x", x, residual=residual)
-        return self._backend.linear_residual(x.contiguous(), linear, residual)
+        return self._module.linear_residual(x.contiguous(), linear, residual)
 
     def layernorm(self, hidden_states: Tensor, moments: Tensor | None, norm: Norm) -> Tensor:
         """`(x − mean) / √(variance + eps) · γ + β`: `[..., D]` → `[..., D]`. Ba, Kiros & Hinton 2016."""
@@ -131,7 +132,7 @@ class Ops:
         _check_shape("bias", norm.bias, (norm.weight.shape[0],))
         _check_like("hidden_states", hidden_states, weight=norm.weight, bias=norm.bias)
         self._check_moments(moments, hidden_states)
-        return self._backend.layernorm(hidden_states.contiguous(), moments, norm)
+        return self._module.layernorm(hidden_states.contiguous(), moments, norm)
 
     def attention_pool(self, hidden_states: Tensor, pool: Pool) -> Tensor:
         """Each head's value projection of the tokens, averaged with softmax weights of its scores.
@@ -144,7 +145,7 @@ class Ops:
         _check_float32("pool.scores", pool.scores, (None, D))
         _check_shape("value.bias", pool.value.bias, (D,))
         _check_like("hidden_states", hidden_states, weight=pool.value.weight, bias=pool.value.bias)
-        return self._backend.attention_pool(hidden_states.contiguous(), pool)
+        return self._module.attention_pool(hidden_states.contiguous(), pool)
 
     def _check_moments(self, moments: Tensor | None, hidden_states: Tensor) -> None:
         if self._carries_moments:

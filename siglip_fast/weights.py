@@ -42,7 +42,6 @@ class Derived:
 
     def __init__(self, tower: nn.Module, backend: str):
         self.source = Source(tower)
-        self.backend = backend
         self.ops = Ops(backend)
         self.weights: TowerWeights | None = None
         self._reason: str | None = None
@@ -77,14 +76,10 @@ class Derived:
         self.weights = weights
 
 
-Pack = Callable[[Tensor], Tensor]
+Pack = Callable[[Tensor], Tensor]  # Ops.pack_weight
 
 
-def _as_it_is(weight: Tensor) -> Tensor:
-    return weight
-
-
-def _tower_weights(tower: nn.Module, pack: Pack = _as_it_is) -> TowerWeights:
+def _tower_weights(tower: nn.Module, pack: Pack) -> TowerWeights:
     conv = tower.embeddings.patch_embedding
     weight = pack(_plain(conv.weight).flatten(1))
     return TowerWeights(
@@ -109,7 +104,7 @@ def _layer_weights(layer: nn.Module, pack: Pack) -> LayerWeights:
     )
 
 
-def _head_weights(head: nn.Module, pack: Pack = _as_it_is) -> HeadWeights:
+def _head_weights(head: nn.Module, pack: Pack) -> HeadWeights:
     attention, H = head.attention, head.attention.num_heads
     query_weight, key_weight, value_weight = _plain(attention.in_proj_weight).chunk(3)
     query_bias, _, value_bias = _plain(attention.in_proj_bias).chunk(3)
@@ -138,7 +133,7 @@ def _norm(norm: nn.LayerNorm) -> Norm:
     return Norm(_plain(norm.weight), _plain(norm.bias), norm.eps)
 
 
-def _fold(norm: nn.LayerNorm, weight: Tensor, bias: Tensor, pack: Pack = _as_it_is) -> NormedLinear:
+def _fold(norm: nn.LayerNorm, weight: Tensor, bias: Tensor, pack: Pack) -> NormedLinear:
     """LN(x)·Wᵀ + b as a GEMM on x: see `siglip_fast.kernels.layernorm_linear`."""
     product = _plain(weight).float() * norm.weight.float()
     folded = product.to(weight.dtype)

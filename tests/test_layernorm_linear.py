@@ -80,7 +80,7 @@ def test_a_mean_that_dwarfs_the_deviation(dtype, backend, device):
 def test_colsum_is_summed_from_the_rounded_weight():
     """With the mean a hundred times the deviation, the unrounded sum would leave mean · (difference) behind."""
     _, norm, weight, bias = make(1, 768, 64, torch.bfloat16, "cpu")
-    folded = _fold(norm, weight, bias)
+    folded = _fold(norm, weight, bias, Ops("torch").pack_weight)
     assert folded.weight.dtype == torch.bfloat16
     torch.testing.assert_close(folded.colsum.double(), folded.weight.double().sum(1), rtol=1e-6, atol=1e-6)
     unrounded = (weight.float() * norm.weight.float()).sum(1)
@@ -91,7 +91,7 @@ def test_a_row_does_not_depend_on_its_batch(dtype, backend, device):
     if backend != "triton":
         pytest.skip("the libraries behind the torch backend choose their algorithm by the batch")
     x, norm, weight, bias = make(131, 128, 96, dtype, device)
-    folded = _fold(norm, weight, bias)
+    folded = _fold(norm, weight, bias, Ops(backend).pack_weight)
     together = Ops(backend).layernorm_linear(x, moments_of(x, backend), folded)
     alone = Ops(backend).layernorm_linear(x[130:], moments_of(x[130:], backend), folded)
     assert torch.equal(together[130:], alone)

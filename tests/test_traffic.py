@@ -1,13 +1,12 @@
 """bench/traffic.py counts right, its targets hold, and a forward that wastes launches or bytes misses them."""
 
-import importlib.util
 import json
 import math
 from collections import Counter
-from pathlib import Path
 
 import pytest
 import torch
+import traffic
 from models import TINY
 from siglip_fast.kernels import attention_pool
 from torch import nn
@@ -15,11 +14,6 @@ from transformers import SiglipVisionConfig
 
 from siglip_fast.ops import Ops
 from siglip_fast.variants import config_for
-
-SCRIPT = Path(__file__).parents[1] / "bench/traffic.py"
-spec = importlib.util.spec_from_file_location("traffic", SCRIPT)
-traffic = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(traffic)
 
 BATCH, LAYERS, TOKENS, D, F = 2, 2, 9, 64, 100  # of TINY
 

@@ -10,17 +10,10 @@ import torch
 from torch.nn import functional as F
 
 from . import torch as plain
-from .torch import attention, attention_pool, layernorm
+from .torch import attention as attention
+from .torch import attention_pool as attention_pool
+from .torch import layernorm as layernorm
 
-__all__ = [
-    "attention",
-    "attention_pool",
-    "layernorm",
-    "layernorm_linear",
-    "linear_residual",
-    "pack_weight",
-    "patch_embed",
-]
 _mkldnn = torch.ops.mkldnn
 
 

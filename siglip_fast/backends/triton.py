@@ -1,25 +1,13 @@
 """The operations on the fused Triton kernels. Their contracts are in `siglip_fast.ops`."""
 
-from siglip_fast.kernels.attention import attention
+from siglip_fast.kernels.attention import attention as attention
 from siglip_fast.kernels.attention_pool import attention_pool as _attention_pool
 from siglip_fast.kernels.layernorm import layernorm as _layernorm
 from siglip_fast.kernels.layernorm_linear import layernorm_linear as _layernorm_linear
 from siglip_fast.kernels.linear_residual import linear_residual as _linear_residual
 from siglip_fast.kernels.patch_embed import patch_embed as _patch_embed
 
-__all__ = [
-    "attention",
-    "attention_pool",
-    "layernorm",
-    "layernorm_linear",
-    "linear_residual",
-    "pack_weight",
-    "patch_embed",
-]
-
-
-def pack_weight(weight):
-    return weight
+from .torch import pack_weight as pack_weight
 
 
 def patch_embed(pixel_values, patch, position):
