@@ -65,7 +65,8 @@ class Work:
 
     @classmethod
     def of(cls, kernel: str, a: dict, grid: tuple[int, ...]) -> "Work":
-        tensors = [v for v in a.values() if hasattr(v, "element_size")]
+        values = [getattr(v, "base", v) for v in a.values()]  # a tensor descriptor's is its tensor
+        tensors = [v for v in values if hasattr(v, "element_size")]
         moved = sum(t.numel() * t.element_size() for t in tensors)
         flops, trips, trip_flops = _FORMULAS[kernel](a, tensors)
         rows = a.get("M", tensors[0].shape[0])
@@ -73,7 +74,7 @@ class Work:
 
 
 def _gemm(a: dict, columns: str, rows: int) -> tuple[int, int, int]:
-    trips = -(-a["K"] // a["BLOCK_K"])
+    trips = -(-a["K"] // (a["BLOCK_K"] * a.get("SPLIT_K", 1)))
     return 2 * rows * a[columns] * a["K"], trips, 2 * a["BLOCK_M"] * a["BLOCK_N"] * a["BLOCK_K"]
 
 
@@ -103,6 +104,7 @@ _FORMULAS = {
     "pool": _pool,
     "value": _value,
     "layernorm": lambda a, _: (0, 0, 0),
+    "residual_epilogue": lambda a, _: (0, 0, 0),
 }
 
 

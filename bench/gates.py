@@ -15,7 +15,7 @@ TENSOR = {
 # The kernels whose main loop has to be fed by 16-byte copies, asynchronous ones where the architecture has them.
 COPIES = {"patch_embed", "layernorm_linear", "linear_residual", "attention"}
 ASYNC = re.compile("sm_")
-NO_DOT = {"layernorm"}
+NO_DOT = {"layernorm", "residual_epilogue"}
 
 
 @dataclass(frozen=True)

@@ -149,11 +149,45 @@ def attention_config(dtype: torch.dtype, head_dim: int, arch: str) -> dict[str, 
     return config
 
 
-def head_slices(head_dim: int) -> tuple[int, int]:
-    """Widths of the one or two power-of-two slices that cover head_dim (0: no second slice).
+# BLOCK_M, BLOCK_N, num_warps, num_stages, as in attention_config
+TILES = [
+    (64, 64, 4, 2),
+    (128, 64, 8, 2),
+    (64, 32, 4, 2),
+    (64, 64, 4, 3),
+    (64, 128, 4, 2),
+    (128, 32, 4, 3),
+    (128, 32, 8, 2),
+    (128, 64, 4, 2),
+    (128, 64, 8, 3),
+    (128, 128, 8, 2),
+]
+FP32_TILES = [
+    (32, 16, 8, 2),
+    (16, 16, 4, 2),
+]  # the others tried spill on sm_90 for one head_dim of 64, 72 and 96
+
+
+def attention_configs(dtype: torch.dtype, head_dim: int, arch: str) -> list[dict[str, int]]:
+    """Candidates, the default first. PAD: one slice, padded, in place of two, for GPUs on which chained dots fail."""
+    default = attention_config(dtype, head_dim, arch)
+    fp32 = dtype == torch.float32
+    configs = [
+        {"BLOCK_M": m, "BLOCK_N": n, "num_warps": warps, "num_stages": stages}
+        for m, n, warps, stages in (FP32_TILES if fp32 else TILES)
+    ]
+    configs = [default, *(config for config in configs if config != default)]
+    two_slices = head_slices(head_dim)[1] > 0 and not fp32  # in fp32 every padded tile spills
+    return configs + [config | {"PAD": True} for config in configs[:4] if two_slices]
+
+
+def head_slices(head_dim: int, pad: bool = False) -> tuple[int, int]:
+    """Widths of the one or two power-of-two slices that cover head_dim (0: no second slice), or of one padded slice.
 
     `tl.dot` needs at least 16 in every dimension, so a shorter slice is padded to that.
     """
+    if pad:
+        return max(16, triton.next_power_of_2(head_dim)), 0
     first = max(16, 1 << (head_dim.bit_length() - 1))
     rest = head_dim - first
     return first, max(16, triton.next_power_of_2(rest)) if rest > 0 else 0
@@ -163,9 +197,9 @@ def attention(qkv: torch.Tensor, config: dict[str, int] | None = None) -> torch.
     """`[B, N, 3, H, d]` → `[B, N, H, d]`."""
     B, N, _, H, d = qkv.shape
     out = torch.empty((B, N, H, d), dtype=qkv.dtype, device=qkv.device)
-    first, second = head_slices(d)
     with device_guard(qkv):
-        config = config or attention_config(qkv.dtype, d, gpu_arch())
+        config = dict(config or attention_config(qkv.dtype, d, gpu_arch()))
+        first, second = head_slices(d, config.pop("PAD", False))
         _attention_kernel[(triton.cdiv(N, config["BLOCK_M"]) * B * H,)](
             qkv,
             out,

@@ -97,13 +97,14 @@ def _value_kernel(
 ):
     """The value projection of one head for BLOCK_M images."""
     head = tl.program_id(1)
-    rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    row = tl.program_id(0).to(tl.int64) * BLOCK_M
+    rows = row + tl.arange(0, BLOCK_M)
     columns = tl.arange(0, BLOCK_N)
     acc = main_loop(
         pooled_ptr + head * D,
         w_ptr + head * HEAD_DIM * D,
-        rows,
-        columns,
+        row,
+        0,
         B,
         HEAD_DIM,
         D,
@@ -131,10 +132,48 @@ def value_config(dtype: torch.dtype) -> dict[str, int]:
     return {"BLOCK_M": 16, "BLOCK_K": 64, "num_warps": 4, "num_stages": num_stages}
 
 
+# BLOCK_N, BLOCK_K, BLOCK_D, num_warps, num_stages, and BLOCK_M, BLOCK_K, num_stages
+POOL_TILES = [
+    (16, 32, 128, 4, 2),
+    (16, 64, 128, 4, 2),
+    (32, 32, 64, 4, 2),
+    (32, 32, 128, 4, 3),
+    (32, 32, 256, 4, 2),
+    (32, 64, 128, 8, 2),
+    (64, 32, 128, 8, 2),
+    (64, 32, 256, 8, 2),
+]
+VALUE_TILES = [(16, 32, 3), (16, 128, 2), (32, 64, 2), (64, 32, 2)]
+
+
+def attention_pool_config(dtype: torch.dtype) -> dict[str, dict[str, int]]:
+    """The default: a tile for each of the two kernels."""
+    return {"pool": POOL_CONFIG, "value": value_config(dtype)}
+
+
+def attention_pool_configs(dtype: torch.dtype) -> list[dict[str, dict[str, int]]]:
+    """Candidates, the default first: the two kernels do not depend on each other, so one at a time differs from it."""
+    default = attention_pool_config(dtype)
+    pools = [
+        {"BLOCK_N": n, "BLOCK_K": k, "BLOCK_D": d, "num_warps": warps, "num_stages": stages}
+        for n, k, d, warps, stages in POOL_TILES
+    ]
+    values = [
+        {"BLOCK_M": m, "BLOCK_K": k, "num_warps": 4, "num_stages": stages} for m, k, stages in VALUE_TILES
+    ]
+    return [default, *(default | {"pool": p} for p in pools), *(default | {"value": v} for v in values)]
+
+
 def attention_pool(
-    y: torch.Tensor, scores_weight: torch.Tensor, value_weight: torch.Tensor, value_bias: torch.Tensor
+    y: torch.Tensor,
+    scores_weight: torch.Tensor,
+    value_weight: torch.Tensor,
+    value_bias: torch.Tensor,
+    config: dict[str, dict[str, int]] | None = None,
 ) -> torch.Tensor:
     """`[B, N, D]` → `[B, D]`."""
+    config = config or attention_pool_config(y.dtype)
+    pool, value = config["pool"], config["value"]
     B, N, D = y.shape
     H = scores_weight.shape[0]
     precision = input_precision(y.dtype)
@@ -142,9 +181,8 @@ def attention_pool(
     score_precision = precision if y.dtype == torch.float32 or torch.version.hip else "tf32"
     pooled = torch.empty((B, H, D), dtype=y.dtype, device=y.device)
     out = torch.empty((B, D), dtype=y.dtype, device=y.device)
-    value = value_config(y.dtype)
     with device_guard(y):
-        _pool_kernel[B, triton.cdiv(D, POOL_CONFIG["BLOCK_D"])](
+        _pool_kernel[B, triton.cdiv(D, pool["BLOCK_D"])](
             y,
             scores_weight,
             pooled,
@@ -154,7 +192,7 @@ def attention_pool(
             SCORE_PRECISION=score_precision,
             INPUT_PRECISION=precision,
             BLOCK_H=max(16, triton.next_power_of_2(H)),
-            **POOL_CONFIG,
+            **pool,
         )
         _value_kernel[triton.cdiv(B, value["BLOCK_M"]), H](
             pooled,

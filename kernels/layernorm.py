@@ -42,6 +42,12 @@ def _layernorm_kernel(
     tl.store(out_ptr + offsets, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
+def layernorm_configs() -> list[dict[str, int]]:
+    """Candidates, the default first."""
+    tiles = [(1, 1024, 4), (2, 512, 4), (4, 256, 4), (4, 512, 4), (8, 128, 4), (8, 512, 8), (16, 128, 8)]
+    return [CONFIG, *({"BLOCK_M": m, "BLOCK_N": n, "num_warps": warps} for m, n, warps in tiles)]
+
+
 def layernorm(
     x: torch.Tensor,
     moments: torch.Tensor,

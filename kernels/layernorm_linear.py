@@ -18,11 +18,15 @@ from .gemm import (
     device_guard,
     gelu_tanh,
     gemm_config,
+    gemm_configs,
     gemm_grid,
+    gemm_operands,
+    gemm_tile,
     gpu_arch,
     input_precision,
     main_loop,
-    tile_indices,
+    tile_origin,
+    tma_configs,
 )
 from .moments import read_moments
 
@@ -45,16 +49,19 @@ def _layernorm_linear_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
+    TMA: tl.constexpr = False,
 ):
-    rows, columns = tile_indices(M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    row, column = tile_origin(M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    rows = row + tl.arange(0, BLOCK_M)
+    columns = column + tl.arange(0, BLOCK_N)
     # [BLOCK_M]
     mean, rstd = read_moments(moments_ptr, rows, M, K, eps)
     # In fp32 the mean is taken out before the product: after it, its rounding error would stay behind.
-    CENTRED: tl.constexpr = x_ptr.dtype.element_ty == tl.float32
+    CENTRED: tl.constexpr = out_ptr.dtype.element_ty == tl.float32
     # [BLOCK_M, BLOCK_N]
     acc = main_loop(
-        x_ptr, w_ptr, rows, columns, M, N, K, K, INPUT_PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
-        mean if CENTRED else None,
+        x_ptr, w_ptr, row, column, M, N, K, K, INPUT_PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+        mean if CENTRED else None, TMA=TMA,
     )  # fmt: skip
     # [BLOCK_N]
     colsum = tl.load(colsum_ptr + columns, mask=columns < N, other=0.0)
@@ -66,6 +73,15 @@ def _layernorm_linear_kernel(
         out = gelu_tanh(out)
     mask = (rows[:, None] < M) & (columns[None, :] < N)
     tl.store(out_ptr + rows[:, None] * N + columns[None, :], out.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def layernorm_linear_configs(dtype: torch.dtype, arch: str, M: int, N: int, K: int) -> list[dict[str, int]]:
+    """Candidates for an `[M, K]` by `[N, K]` product, the default first."""
+    configs, tma = gemm_configs(dtype, arch, M), tma_configs(dtype, arch, K)
+    if dtype.itemsize == 2 and M > 64:  # moments leave no registers for so many rows in the other kernels
+        configs.append(gemm_tile(256, 128, 64, 8, 3))
+        configs += [gemm_tile(256, 128, 64, 8, 3, TMA=True)] if tma else []
+    return configs + tma
 
 
 def layernorm_linear(
@@ -84,10 +100,11 @@ def layernorm_linear(
     out = torch.empty((*x.shape[:-1], N), dtype=x.dtype, device=x.device)
     with device_guard(x):
         config = config or gemm_config(x.dtype, gpu_arch())
+        x_operand, w_operand = gemm_operands(x, weight, config)
         _layernorm_linear_kernel[gemm_grid(M, N, config)](
-            x,
+            x_operand,
             moments,
-            weight,
+            w_operand,
             colsum,
             bias,
             out,

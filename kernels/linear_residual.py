@@ -3,15 +3,30 @@
     out = x · Wᵀ + b (+ residual)
 
 x [M, K], W [N, K], b [N], residual and out [M, N], all of one dtype (bf16, fp16 or fp32), rounded once at the end;
-moments fp32 [M, 2, ceil(N / 64)] of the rounded result (see moments.py).
+moments fp32 [M, 2, ceil(N / 64)] of the rounded result (see moments.py). With SPLIT_K > 1 in the configuration, for
+so few rows that the tiles would not fill the GPU, the GEMM leaves fp32 sums over parts of K, and a second kernel
+(residual_epilogue.py) adds them up in order and does the rest: the same bits every time, which atomics do not give.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from .gemm import device_guard, gemm_config, gemm_grid, gpu_arch, input_precision, main_loop, tile_indices
+from .gemm import (
+    FULL_WAVE,
+    device_guard,
+    gemm_config,
+    gemm_configs,
+    gemm_grid,
+    gemm_operands,
+    gpu_arch,
+    input_precision,
+    main_loop,
+    tile_origin,
+    tma_configs,
+)
 from .moments import empty_moments, write_moments
+from .residual_epilogue import residual_epilogue
 
 
 @triton.jit
@@ -31,18 +46,42 @@ def _linear_residual_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
+    SPLIT_K: tl.constexpr = 1,
+    TMA: tl.constexpr = False,
 ):
-    rows, columns = tile_indices(M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    """With SPLIT_K > 1, out_ptr takes fp32 partial sums `[SPLIT_K, M, N]`, and the rest is left to the epilogue."""
+    row, column = tile_origin(M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    rows = row + tl.arange(0, BLOCK_M)
+    columns = column + tl.arange(0, BLOCK_N)
     # [BLOCK_M, BLOCK_N]
-    acc = main_loop(x_ptr, w_ptr, rows, columns, M, N, K, K, INPUT_PRECISION, BLOCK_M, BLOCK_N, BLOCK_K)
-    acc += tl.load(bias_ptr + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
+    acc = main_loop(
+        x_ptr, w_ptr, row, column, M, N, K, K, INPUT_PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+        SPLIT_K=SPLIT_K, TMA=TMA,
+    )  # fmt: skip
     mask = (rows[:, None] < M) & (columns[None, :] < N)
     offsets = rows[:, None] * N + columns[None, :]
-    if HAS_RESIDUAL:
-        acc += tl.load(residual_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    out = acc.to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + offsets, out, mask=mask)
-    write_moments(moments_ptr, out.to(tl.float32), rows, columns, M, N, BLOCK_M, BLOCK_N)
+    if SPLIT_K > 1:
+        tl.store(out_ptr + tl.program_id(1).to(tl.int64) * M * N + offsets, acc, mask=mask)
+    else:
+        acc += tl.load(bias_ptr + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
+        if HAS_RESIDUAL:
+            acc += tl.load(residual_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        out = acc.to(out_ptr.dtype.element_ty)
+        tl.store(out_ptr + offsets, out, mask=mask)
+        write_moments(moments_ptr, out.to(tl.float32), rows, columns, M, N, BLOCK_M, BLOCK_N)
+
+
+def linear_residual_configs(dtype: torch.dtype, arch: str, M: int, N: int, K: int) -> list[dict[str, int]]:
+    """Candidates for an `[M, K]` by `[N, K]` product, the default first."""
+    configs, tma = gemm_configs(dtype, arch, M), tma_configs(dtype, arch, K)
+    small = next(c for c in configs if c["BLOCK_M"] <= 64)
+    split = [
+        tile | {"SPLIT_K": splits}
+        for tile in (configs[0], small, *tma[:1])
+        for splits in (2, 4, 8)
+        if gemm_grid(M, N, tile)[0] < FULL_WAVE and K >= splits * 3 * tile["BLOCK_K"]
+    ]
+    return configs + tma + split
 
 
 def linear_residual(
@@ -55,13 +94,19 @@ def linear_residual(
     """`[..., K]`, `[..., N]` → `[..., N]` and its moments."""
     N, K = weight.shape
     M = x.numel() // K
-    out = torch.empty((*x.shape[:-1], N), dtype=x.dtype, device=x.device)
-    moments = empty_moments(M, N, x.device)
     with device_guard(x):
         config = config or gemm_config(x.dtype, gpu_arch())
+        splits = config.get("SPLIT_K", 1)
+        if splits > 1:
+            out = torch.empty((splits, *x.shape[:-1], N), dtype=torch.float32, device=x.device)
+            moments = None
+        else:
+            out = torch.empty((*x.shape[:-1], N), dtype=x.dtype, device=x.device)
+            moments = empty_moments(M, N, x.device)
+        x_operand, w_operand = gemm_operands(x, weight, config)
         _linear_residual_kernel[gemm_grid(M, N, config)](
-            x,
-            weight,
+            x_operand,
+            w_operand,
             bias,
             residual,
             out,
@@ -73,4 +118,4 @@ def linear_residual(
             INPUT_PRECISION=input_precision(x.dtype),
             **config,
         )
-    return out, moments
+    return residual_epilogue(out, bias, residual, x.dtype) if splits > 1 else (out, moments)

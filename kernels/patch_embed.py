@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .gemm import device_guard, gemm_config, gemm_grid, gpu_arch, input_precision, tile_indices
+from .gemm import device_guard, gemm_config, gemm_configs, gemm_grid, gpu_arch, input_precision, tile_origin
 from .moments import empty_moments, write_moments
 
 
@@ -39,7 +39,9 @@ def _patch_embed_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    rows, columns = tile_indices(M, D, BLOCK_M, BLOCK_N, GROUP_M)
+    first_row, first_column = tile_origin(M, D, BLOCK_M, BLOCK_N, GROUP_M)
+    rows = first_row + tl.arange(0, BLOCK_M)
+    columns = first_column + tl.arange(0, BLOCK_N)
     row = tl.minimum(rows, M - 1)
     column = tl.minimum(columns, D - 1)
     token = row % tokens
@@ -64,6 +66,11 @@ def _patch_embed_kernel(
     out = (acc + position.to(tl.float32)).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + rows[:, None] * D + columns[None, :], out, mask=mask)
     write_moments(moments_ptr, out.to(tl.float32), rows, columns, M, D, BLOCK_M, BLOCK_N)
+
+
+def patch_embed_configs(dtype: torch.dtype, arch: str, M: int) -> list[dict[str, int]]:
+    """Candidates for M patches, the default first."""
+    return gemm_configs(dtype, arch, M)
 
 
 def patch_embed(

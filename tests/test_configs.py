@@ -1,0 +1,141 @@
+"""Every candidate configuration of every kernel is right: compared with float64 before anyone measures it.
+
+Shapes are small and ragged for every tile, in rows, columns and K. Where M is 37, the short tiles are listed.
+"""
+
+import sys
+
+import pytest
+import reference
+import torch
+from siglip_fast.kernels.attention import attention, attention_configs, head_slices
+from siglip_fast.kernels.attention_pool import attention_pool, attention_pool_configs
+from siglip_fast.kernels.layernorm import layernorm, layernorm_configs
+from siglip_fast.kernels.layernorm_linear import layernorm_linear, layernorm_linear_configs
+from siglip_fast.kernels.linear_residual import linear_residual, linear_residual_configs
+from siglip_fast.kernels.patch_embed import patch_embed, patch_embed_configs
+from test_attention import ARCHITECTURES
+from test_attention import same_dtype as sdpa
+from test_layernorm_linear import make
+from torch.nn import functional as F
+
+from siglip_fast.backends import torch as plain
+from siglip_fast.ops import Linear, Pool
+from siglip_fast.weights import _fold
+
+pytestmark = pytest.mark.parametrize("backend", ["triton"])
+
+
+def check(configs, launch, expected, same_dtype):
+    """`launch(config)` returns (out,) or (out, moments)."""
+    assert len({str(sorted(config.items())) for config in configs}) == len(configs), "listed twice"
+    for config in configs:
+        if config.get("TMA") and "ttsem" in sys.modules:
+            continue  # it misreads tensor descriptors
+        (out, *moments), again = launch(config), launch(config)
+        try:
+            reference.assert_accurate(out, expected, same_dtype)
+        except AssertionError as error:
+            raise AssertionError(f"{config}: {error}") from None
+        for m in moments:
+            assert reference.relative_error(m, reference.moments(out)) < 1e-6, config
+        assert all(map(torch.equal, (out, *moments), again)), f"{config}: not the same bits twice"
+
+
+def stated(configs, key):
+    return {config[key] for config in configs if key in config}
+
+
+@pytest.mark.parametrize("M", [37, 131])
+def test_linear_residual(M, dtype, backend, device):
+    N, K = 200, 1560
+    configs = linear_residual_configs(dtype, "sm_90", M, N, K)
+    assert stated(configs, "SPLIT_K") == {2, 4, 8}
+    assert stated(configs, "TMA") == (set() if dtype == torch.float32 else {True})
+    torch.manual_seed(M)
+    x, residual = torch.randn(M, K).to(device, dtype), reference.outliers(M, N).to(device, dtype)
+    weight, bias = (torch.randn(N, K) * K**-0.5).to(device, dtype), torch.randn(N).to(device, dtype)
+    weight[:, -1] *= 8
+    expected = reference.linear(x, weight, bias) + residual.double()
+    same_dtype = F.linear(x, weight, bias) + residual
+    check(configs, lambda c: linear_residual(x, weight, bias, residual, c), expected, same_dtype)
+
+
+@pytest.mark.parametrize("M", [37, 131])
+def test_layernorm_linear(M, dtype, backend, device):
+    N, K = 300, 216
+    configs = layernorm_linear_configs(dtype, "sm_90", M, N, K)
+    assert stated(configs, "TMA") == (set() if dtype == torch.float32 else {True})
+    x, norm, weight, bias = make(M, K, N, dtype, device)
+    moments = reference.moments(x).float()
+    folded = _fold(norm, weight, bias, plain.pack_weight)
+    expected = reference.linear(reference.layernorm(x, norm.weight, norm.bias, norm.eps), weight, bias)
+    expected, same_dtype = reference.gelu_tanh(expected), F.linear(norm(x), weight, bias)
+    same_dtype = F.gelu(same_dtype, approximate="tanh")
+    check(configs, lambda c: [layernorm_linear(x, moments, *folded, True, c)], expected, same_dtype)
+
+
+@pytest.mark.parametrize("M", [37, 131])
+def test_patch_embed(M, dtype, backend, device):
+    configs = patch_embed_configs(dtype, "sm_90", M)
+    torch.manual_seed(M)
+    p, D = 14, 200
+    pixels = torch.randn(1, 3, p, p * M).to(device, dtype)
+    weight = (torch.randn(D, 3 * p * p) / 24).to(device, dtype)
+    weight[:, -1] *= 8
+    bias, position = torch.randn(D).to(device, dtype), reference.outliers(M, D).to(device, dtype)
+    expected = reference.patch_embed(pixels, weight.view(D, 3, p, p), bias, position)
+    same_dtype = F.linear(plain.flat_patches(pixels, p), weight, bias) + position
+    check(configs, lambda c: patch_embed(pixels, weight, bias, position, p, c), expected, same_dtype)
+
+
+def test_layernorm(dtype, backend, device):
+    torch.manual_seed(0)
+    x = reference.outliers(37, 1160).to(device, dtype)
+    weight, bias = torch.randn(1160).to(device, dtype), torch.randn(1160).to(device, dtype)
+    moments = reference.moments(x).float()
+    expected = reference.layernorm(x, weight, bias, 1e-6)
+    same_dtype = F.layer_norm(x, (1160,), weight, bias, 1e-6)
+    launch = lambda c: [layernorm(x, moments, weight, bias, 1e-6, c)]  # noqa: E731
+    check(layernorm_configs(), launch, expected, same_dtype)
+
+
+@pytest.mark.parametrize("d", [64, 72, 96])
+def test_attention(d, dtype, backend, device):
+    """Every real score is far below the 0 of a key that is not there."""
+    configs = attention_configs(dtype, d, "sm_90")
+    two_slices = head_slices(d)[1] > 0 and dtype != torch.float32
+    assert stated(configs, "PAD") == ({True} if two_slices else set())
+    torch.manual_seed(d)
+    qkv = torch.randn(1, 133, 3, 2, d) * 0.1
+    qkv[:, :, 0] += 2
+    qkv[:, :, 1] -= 2
+    qkv[:, :, 2] += 5
+    qkv = qkv.to(device, dtype)
+    expected, same_dtype = reference.attention(qkv), sdpa(qkv)
+    check(configs, lambda c: [attention(qkv, c)], expected, same_dtype)
+
+
+def test_attention_pool(dtype, backend, device):
+    torch.manual_seed(0)
+    B, N, D, H = 17, 67, 168, 3
+    y = reference.outliers(B, N, D).to(device, dtype)
+    scores = (torch.randn(H, D) * 1e-3).to(device)
+    weight, bias = (torch.randn(D, D) * D**-0.5).to(device, dtype), torch.randn(D).to(device, dtype)
+    pool = Pool(scores, Linear(weight, bias))
+    expected = plain.attention_pool(y.double(), Pool(scores.double(), Linear(weight.double(), bias.double())))
+    launch = lambda c: [attention_pool(y, scores, weight, bias, c)]  # noqa: E731
+    check(attention_pool_configs(dtype), launch, expected, plain.attention_pool(y, pool))
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_lists(arch, dtype, backend):
+    """The default first, nothing twice, and tensor descriptors and one stage only where they can be."""
+    for M in (1, 196, 12544):
+        configs = linear_residual_configs(dtype, arch, M, 768, 3072)
+        assert configs[0] == linear_residual_configs(dtype, arch, 1, 768, 3072)[0]
+        assert stated(configs, "TMA") == (
+            {True} if arch in ("sm_90", "sm_100", "sm_120") and dtype != torch.float32 else set()
+        )
+        assert bool(stated(configs, "SPLIT_K")) == (M < 12544)
+        assert (1 in stated(configs, "num_stages")) == arch.startswith("gfx9")
