@@ -79,7 +79,7 @@ def linear_residual_configs(dtype: torch.dtype, arch: str, M: int, N: int, K: in
         tile | {"SPLIT_K": splits}
         for tile in (configs[0], small, *tma[:1])
         for splits in (2, 4, 8)
-        if gemm_grid(M, N, tile)[0] < FULL_WAVE and K >= splits * 3 * tile["BLOCK_K"]
+        if gemm_grid(M, N, tile)[0] < FULL_WAVE and K >= splits * 2 * tile["BLOCK_K"]
     ]
     return configs + tma + split
 

@@ -8,6 +8,7 @@ import sys
 import pytest
 import reference
 import torch
+from conftest import ON_GPU
 from siglip_fast.kernels.attention import attention, attention_configs, head_slices
 from siglip_fast.kernels.attention_pool import attention_pool, attention_pool_configs
 from siglip_fast.kernels.layernorm import layernorm, layernorm_configs
@@ -32,23 +33,26 @@ def check(configs, launch, expected, same_dtype):
     for config in configs:
         if config.get("TMA") and "ttsem" in sys.modules:
             continue  # it misreads tensor descriptors
-        (out, *moments), again = launch(config), launch(config)
+        out, *moments = launch(config)
         try:
             reference.assert_accurate(out, expected, same_dtype)
         except AssertionError as error:
             raise AssertionError(f"{config}: {error}") from None
         for m in moments:
             assert reference.relative_error(m, reference.moments(out)) < 1e-6, config
-        assert all(map(torch.equal, (out, *moments), again)), f"{config}: not the same bits twice"
+        if ON_GPU or "SPLIT_K" in config:  # the interpreter is slow, and has no other order of sums
+            assert all(map(torch.equal, (out, *moments), launch(config))), (
+                f"{config}: other bits the second time"
+            )
 
 
 def stated(configs, key):
     return {config[key] for config in configs if key in config}
 
 
-@pytest.mark.parametrize("M", [37, 131])
+@pytest.mark.parametrize("M", [37, 70])
 def test_linear_residual(M, dtype, backend, device):
-    N, K = 200, 1560
+    N, K = 72, 1048
     configs = linear_residual_configs(dtype, "sm_90", M, N, K)
     assert stated(configs, "SPLIT_K") == {2, 4, 8}
     assert stated(configs, "TMA") == (set() if dtype == torch.float32 else {True})
@@ -61,9 +65,9 @@ def test_linear_residual(M, dtype, backend, device):
     check(configs, lambda c: linear_residual(x, weight, bias, residual, c), expected, same_dtype)
 
 
-@pytest.mark.parametrize("M", [37, 131])
+@pytest.mark.parametrize("M", [37, 70])
 def test_layernorm_linear(M, dtype, backend, device):
-    N, K = 300, 216
+    N, K = 72, 216
     configs = layernorm_linear_configs(dtype, "sm_90", M, N, K)
     assert stated(configs, "TMA") == (set() if dtype == torch.float32 else {True})
     x, norm, weight, bias = make(M, K, N, dtype, device)
@@ -75,13 +79,13 @@ def test_layernorm_linear(M, dtype, backend, device):
     check(configs, lambda c: [layernorm_linear(x, moments, *folded, True, c)], expected, same_dtype)
 
 
-@pytest.mark.parametrize("M", [37, 131])
+@pytest.mark.parametrize("M", [37, 70])
 def test_patch_embed(M, dtype, backend, device):
     configs = patch_embed_configs(dtype, "sm_90", M)
     torch.manual_seed(M)
-    p, D = 14, 200
+    p, D = 6, 72
     pixels = torch.randn(1, 3, p, p * M).to(device, dtype)
-    weight = (torch.randn(D, 3 * p * p) / 24).to(device, dtype)
+    weight = (torch.randn(D, 3 * p * p) / 10).to(device, dtype)
     weight[:, -1] *= 8
     bias, position = torch.randn(D).to(device, dtype), reference.outliers(M, D).to(device, dtype)
     expected = reference.patch_embed(pixels, weight.view(D, 3, p, p), bias, position)
@@ -91,7 +95,7 @@ def test_patch_embed(M, dtype, backend, device):
 
 def test_layernorm(dtype, backend, device):
     torch.manual_seed(0)
-    x = reference.outliers(37, 1160).to(device, dtype)
+    x = reference.outliers(11, 1160).to(device, dtype)
     weight, bias = torch.randn(1160).to(device, dtype), torch.randn(1160).to(device, dtype)
     moments = reference.moments(x).float()
     expected = reference.layernorm(x, weight, bias, 1e-6)
@@ -107,7 +111,7 @@ def test_attention(d, dtype, backend, device):
     two_slices = head_slices(d)[1] > 0 and dtype != torch.float32
     assert stated(configs, "PAD") == ({True} if two_slices else set())
     torch.manual_seed(d)
-    qkv = torch.randn(1, 133, 3, 2, d) * 0.1
+    qkv = torch.randn(1, 133, 3, 1, d) * 0.1
     qkv[:, :, 0] += 2
     qkv[:, :, 1] -= 2
     qkv[:, :, 2] += 5
@@ -118,12 +122,15 @@ def test_attention(d, dtype, backend, device):
 
 def test_attention_pool(dtype, backend, device):
     torch.manual_seed(0)
-    B, N, D, H = 17, 67, 168, 3
+    B, N, D, H = 3, 37, 168, 3
     y = reference.outliers(B, N, D).to(device, dtype)
     scores = (torch.randn(H, D) * 1e-3).to(device)
     weight, bias = (torch.randn(D, D) * D**-0.5).to(device, dtype), torch.randn(D).to(device, dtype)
     pool = Pool(scores, Linear(weight, bias))
-    expected = plain.attention_pool(y.double(), Pool(scores.double(), Linear(weight.double(), bias.double())))
+    p = torch.softmax(y.double() @ scores.double().T, dim=1)
+    pooled = torch.einsum("bnh,bnk->bhk", p, y.double())
+    expected = torch.einsum("bhk,hdk->bhd", pooled, weight.double().unflatten(0, (H, -1))).flatten(1)
+    expected += bias.double()
     launch = lambda c: [attention_pool(y, scores, weight, bias, c)]  # noqa: E731
     check(attention_pool_configs(dtype), launch, expected, plain.attention_pool(y, pool))
 
