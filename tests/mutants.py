@@ -21,6 +21,8 @@ class Mutant(NamedTuple):
 
 _ATTENTION = "tests/test_attention.py -k 'triton and fp16 and (accuracy or phantom) and"
 _RESIDUAL = "tests/test_linear_residual.py -k 'triton and"
+_SPLIT = "tests/test_linear_residual.py -k 'triton and bf16 and test_split_k and no-residual and"
+_EPILOGUE = "tests/test_residual_epilogue.py -k 'triton and bf16 and"
 _NORMED = "tests/test_layernorm_linear.py -k 'triton and"
 
 MUTANTS = {
@@ -74,8 +76,8 @@ MUTANTS = {
     ),
     "gemm-last-k-block-dropped": Mutant(
         "kernels/gemm.py",
-        "for k in range(0, K, BLOCK_K):",
-        "for k in range(0, K // BLOCK_K * BLOCK_K, BLOCK_K):",
+        "for k in range(first, last, BLOCK_K):",
+        "for k in range(first, last // BLOCK_K * BLOCK_K, BLOCK_K):",
         f"{_RESIDUAL} bf16 and N-and-K'",
     ),
     "gemm-k-tail-not-masked": Mutant(
@@ -86,8 +88,8 @@ MUTANTS = {
     ),
     "gemm-rows-not-clamped": Mutant(
         "kernels/gemm.py",
-        "    rows = tl.minimum(rows, M - 1)\n",
-        "",
+        "rows = tl.minimum(row + tl.arange(0, BLOCK_M), M - 1)",
+        "rows = row + tl.arange(0, BLOCK_M)",
         f"{_RESIDUAL} bf16 and N-and-K'",
     ),
     "gemm-row-offsets-in-32-bits": Mutant(
@@ -108,6 +110,63 @@ MUTANTS = {
         "(x + 0.044715 * x * x * x)",
         "x",
         f"{_NORMED} bf16 and gelu and K-no'",
+    ),
+    "split-k-parts-one-block-short": Mutant(
+        "kernels/gemm.py",
+        "last = min(first + PART, K) if",
+        "last = min(first + PART - BLOCK_K, K) if",
+        f"{_SPLIT} parts-of'",
+    ),
+    "split-k-parts-overlap": Mutant(
+        "kernels/gemm.py",
+        "last = min(first + PART, K) if",
+        "last = K if",
+        f"{_SPLIT} parts-of'",
+    ),
+    "split-k-parts-of-a-rounded-down-size": Mutant(
+        "kernels/gemm.py",
+        "(K + BLOCK_K * SPLIT_K - 1) // (BLOCK_K * SPLIT_K) * BLOCK_K",
+        "K // (BLOCK_K * SPLIT_K) * BLOCK_K",
+        f"{_SPLIT} ragged-K'",
+    ),
+    "split-k-parts-all-begin-at-the-beginning": Mutant(
+        "kernels/gemm.py",
+        "first = tl.program_id(1) * PART if SPLIT_K > 1 else 0",
+        "first = 0",
+        f"{_SPLIT} parts-of'",
+    ),
+    "split-k-weights-of-the-first-part": Mutant(
+        "kernels/gemm.py",
+        "w_ptr + columns[None, :] * K + (first + offs_k)[:, None]",
+        "w_ptr + columns[None, :] * K + offs_k[:, None]",
+        f"{_SPLIT} parts-of'",
+    ),
+    "split-k-parts-race-for-one-partial": Mutant(
+        "kernels/linear_residual.py",
+        "out_ptr + tl.program_id(1).to(tl.int64) * M * N + offsets",
+        "out_ptr + offsets",
+        f"{_SPLIT} parts-of'",
+    ),
+    "tensor-descriptor-at-the-first-row": Mutant(
+        "kernels/gemm.py",
+        "x_ptr.load([row.to(tl.int32), k])",
+        "x_ptr.load([0, k])",
+        f"{_RESIDUAL} fp16 and descriptors and whole'",
+        interpreted=True,
+    ),
+    "tensor-descriptor-at-the-first-column": Mutant(
+        "kernels/gemm.py",
+        "w_ptr.load([column, k])",
+        "w_ptr.load([0, k])",
+        f"{_RESIDUAL} fp16 and descriptors and whole'",
+        interpreted=True,
+    ),
+    "tensor-descriptor-of-any-alignment": Mutant(
+        "kernels/gemm.py",
+        "if tensor.data_ptr() % 16:",
+        "if False:",
+        "tests/test_linear_residual.py -k cannot_read",
+        interpreted=True,
     ),
     "layernorm-colsum-of-the-unrounded-weight": Mutant(
         "siglip_fast/weights.py",
@@ -138,6 +197,55 @@ MUTANTS = {
         "mask = (rows[:, None] < M) & (columns[None, :] < N)",
         "mask = (rows[:, None] < M) & (columns[None, :] >= 0)",
         f"{_RESIDUAL} bf16 and N-and-K'",
+    ),
+    "epilogue-last-partial-dropped": Mutant(
+        "kernels/residual_epilogue.py",
+        "tl.static_range(1, SPLITS)",
+        "tl.static_range(1, SPLITS - 1)",
+        f"{_EPILOGUE} partials and 7'",
+    ),
+    "epilogue-first-partial-twice": Mutant(
+        "kernels/residual_epilogue.py",
+        "(split * N)",
+        "((split - 1) * N)",
+        f"{_EPILOGUE} partials and 7'",
+    ),
+    "epilogue-forgets-the-residual": Mutant(
+        "kernels/residual_epilogue.py",
+        "if residual_ptr is not None:",
+        "if False:",
+        f"{_EPILOGUE} after_a_gemm and 40'",
+    ),
+    "epilogue-forgets-the-bias": Mutant(
+        "kernels/residual_epilogue.py",
+        "if bias_ptr is not None:",
+        "if False:",
+        f"{_EPILOGUE} after_a_gemm and 40'",
+    ),
+    "epilogue-moments-of-the-unrounded-sum": Mutant(
+        "kernels/residual_epilogue.py",
+        "        out = stored.to(tl.float32)\n",
+        "",
+        f"{_EPILOGUE} after_a_gemm and 40'",
+    ),
+    "epilogue-column-tail-not-masked": Mutant(
+        "kernels/residual_epilogue.py",
+        "mask = (rows[:, None] < M) & (columns[None, :] < N)",
+        "mask = (rows[:, None] < M) & (columns[None, :] >= 0)",
+        f"{_EPILOGUE} after_a_gemm and 40'",
+    ),
+    "epilogue-finished-tensor-not-returned": Mutant(
+        "kernels/residual_epilogue.py",
+        "return partials[0] if finished else out, moments",
+        "return out, moments",
+        f"{_EPILOGUE} moments_alone'",
+    ),
+    "attention-padded-to-less-than-the-head": Mutant(
+        "kernels/attention.py",
+        "return max(16, triton.next_power_of_2(head_dim)), 0",
+        "return max(16, 1 << (head_dim.bit_length() - 1)), 0",
+        "tests/test_configs.py -k 'fp16 and test_attention and 96'",
+        interpreted=True,
     ),
     "moments-of-rows-overlap": Mutant(
         "kernels/moments.py",
