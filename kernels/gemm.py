@@ -108,8 +108,8 @@ def gemm_config(dtype: torch.dtype, arch: str) -> dict[str, int]:
     return tile | {"BLOCK_N": 128, "GROUP_M": 8, "num_warps": 8}
 
 
-# BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages
-_TILES = [
+# BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages; none spills on sm_90
+TILES = [
     (128, 128, 32, 8, 4),
     (128, 128, 64, 8, 4),
     (128, 128, 128, 8, 2),
@@ -118,7 +118,7 @@ _TILES = [
     (64, 64, 64, 4, 4),
     (64, 64, 128, 4, 3),
 ]
-_SHORT_TILES = [  # for so few rows that most of a high tile would be empty
+SHORT_TILES = [  # for so few rows that most of a high tile would be empty
     (16, 64, 128, 4, 4),
     (16, 128, 128, 4, 3),
     (32, 64, 128, 4, 3),
@@ -127,7 +127,7 @@ _SHORT_TILES = [  # for so few rows that most of a high tile would be empty
     (64, 64, 128, 4, 3),
     (64, 128, 64, 4, 4),
 ]
-_FP32_TILES = [
+FP32_TILES = [
     (128, 128, 32, 8, 2),
     (64, 128, 16, 4, 3),
     (64, 64, 16, 4, 3),
@@ -136,10 +136,13 @@ _FP32_TILES = [
     (32, 64, 32, 4, 3),
     (16, 64, 32, 4, 3),
 ]
-_TMA_TILES = [(128, 128, 64, 8, 3), (128, 128, 64, 8, 4), (128, 64, 64, 4, 4), (64, 128, 64, 4, 4)]
-
-
-FULL_WAVE = 132  # programs that keep a large GPU busy: the SMs of an H100
+TMA_TILES = [
+    (128, 128, 64, 8, 3),
+    (128, 128, 64, 8, 4),
+    (128, 64, 64, 4, 4),
+    (64, 128, 64, 4, 4),
+    (64, 64, 64, 4, 4),
+]
 
 
 def gemm_tile(
@@ -152,15 +155,16 @@ def gemm_tile(
 def gemm_configs(dtype: torch.dtype, arch: str, M: int) -> list[dict[str, int]]:
     """What any GEMM kernel may run with, the default first; some do not fit every architecture."""
     fp32, default = dtype == torch.float32, gemm_config(dtype, arch)
-    tiles = _FP32_TILES if fp32 else _SHORT_TILES if M <= 64 else _TILES
+    tiles = FP32_TILES if fp32 else SHORT_TILES if M <= 64 else TILES
     one_stage = [default | {"num_stages": 1}] if arch.startswith("gfx9") else []
     return [default, *(gemm_tile(*tile) for tile in tiles), *one_stage]
 
 
-def tma_configs(dtype: torch.dtype, arch: str, K: int) -> list[dict[str, int]]:
+def tma_configs(dtype: torch.dtype, arch: str, M: int, K: int) -> list[dict[str, int]]:
     """Those with tensor descriptors, where there can be any."""
+    tiles = [tile for tile in TMA_TILES if M > 64 or tile[0] <= 64]
     possible = arch.startswith("sm_") and int(arch[3:]) >= 90 and dtype.itemsize == 2 and K % 8 == 0
-    return [gemm_tile(*tile, TMA=True) for tile in _TMA_TILES] if possible else []
+    return [gemm_tile(*tile, TMA=True) for tile in tiles] if possible else []
 
 
 def gemm_grid(M: int, N: int, config: dict[str, int]) -> tuple[int, int]:

@@ -77,7 +77,7 @@ def _layernorm_linear_kernel(
 
 def layernorm_linear_configs(dtype: torch.dtype, arch: str, M: int, N: int, K: int) -> list[dict[str, int]]:
     """Candidates for an `[M, K]` by `[N, K]` product, the default first."""
-    configs, tma = gemm_configs(dtype, arch, M), tma_configs(dtype, arch, K)
+    configs, tma = gemm_configs(dtype, arch, M), tma_configs(dtype, arch, M, K)
     if dtype.itemsize == 2 and M > 64:  # moments leave no registers for so many rows in the other kernels
         configs.append(gemm_tile(256, 128, 64, 8, 3))
         configs += [gemm_tile(256, 128, 64, 8, 3, TMA=True)] if tma else []

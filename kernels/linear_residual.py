@@ -13,7 +13,6 @@ import triton
 import triton.language as tl
 
 from .gemm import (
-    FULL_WAVE,
     device_guard,
     gemm_config,
     gemm_configs,
@@ -73,13 +72,14 @@ def _linear_residual_kernel(
 
 def linear_residual_configs(dtype: torch.dtype, arch: str, M: int, N: int, K: int) -> list[dict[str, int]]:
     """Candidates for an `[M, K]` by `[N, K]` product, the default first."""
-    configs, tma = gemm_configs(dtype, arch, M), tma_configs(dtype, arch, K)
-    small = next(c for c in configs if c["BLOCK_M"] <= 64)
+    configs, tma = gemm_configs(dtype, arch, M), tma_configs(dtype, arch, M, K)
+    small = next(config for config in configs[1:] if config["BLOCK_M"] <= 64)
     split = [
         tile | {"SPLIT_K": splits}
         for tile in (configs[0], small, *tma[:1])
         for splits in (2, 4, 8)
-        if gemm_grid(M, N, tile)[0] < FULL_WAVE and K >= splits * 2 * tile["BLOCK_K"]
+        # at most two waves on the 132 SMs of an H100, and two blocks of K or more for each program
+        if gemm_grid(M, N, tile)[0] * splits <= 264 and K >= 2 * splits * tile["BLOCK_K"]
     ]
     return configs + tma + split
 

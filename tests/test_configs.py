@@ -28,7 +28,6 @@ pytestmark = pytest.mark.parametrize("backend", ["triton"])
 
 def check(configs, launch, expected, same_dtype):
     """`launch(config)` returns (out,) or (out, moments)."""
-    assert len({str(sorted(config.items())) for config in configs}) == len(configs), "listed twice"
     for config in configs:
         if config.get("TMA") and "ttsem" in sys.modules:
             continue  # it misreads tensor descriptors
@@ -139,6 +138,7 @@ def test_lists(arch, dtype, backend):
     """The default first, nothing twice, and tensor descriptors and one stage only where they can be."""
     for M in (1, 196, 12544):
         configs = linear_residual_configs(dtype, arch, M, 768, 3072)
+        assert len({tuple(sorted(config.items())) for config in configs}) == len(configs)
         assert configs[0] == linear_residual_configs(dtype, arch, 1, 768, 3072)[0]
         assert stated(configs, "TMA") == (
             {True} if arch in ("sm_90", "sm_100", "sm_120") and dtype != torch.float32 else set()
