@@ -1,11 +1,13 @@
-"""The command line, `siglip-fast embed | demo | info`: arguments only; the work is in a module each."""
+"""The command line, `siglip-fast embed | demo | tune | info`: arguments only; the work is in a module each."""
 
 import argparse
 import os
 import sys
 
-from . import __version__, demo, embed, info
+from . import __version__, demo, embed, info, tune
 from .loading import UserError
+
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -27,6 +29,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_embed(commands)
     _add_demo(commands)
+    _add_tune(commands)
     _add_info(commands)
     return parser
 
@@ -65,7 +68,7 @@ def _add_embed(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument(
         "--dtype",
-        choices=("float32", "bfloat16", "float16"),
+        choices=DTYPES,
         help="of the model; embeddings are always float32 (default: bfloat16 on cuda, else float32)",
     )
     parser.add_argument("--force", action="store_true", help="overwrite existing output")
@@ -94,6 +97,41 @@ def _add_demo(commands: argparse._SubParsersAction) -> None:
     parser.set_defaults(run=demo.run)
 
 
+def _add_tune(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "tune",
+        help="measure what runs each operation fastest on this GPU; later forwards use it",
+        description="Verifies and times, for each operation of a model, every configuration of the Triton kernels "
+        "and every route of the vendor's libraries, in a process of its own. What won is kept in a cache file "
+        "(SIGLIP_FAST_CACHE_DIR, default: the user's cache folder) for this GPU, driver, torch and Triton. "
+        "Weights do not matter, only the model's shape.",
+        epilog="Exit status: 0 everything is measured; 1 some of it is not; 2 could not start; 130 interrupted "
+        "(what was measured by then is kept).",
+    )
+    _add_model(parser.add_mutually_exclusive_group(), random_weights="base-patch16-224")
+    parser.add_argument(
+        "--batch-sizes",
+        type=positive_integer,
+        nargs="+",
+        default=[1, 8, 64],
+        metavar="N",
+        help="images a forward; other batches run as the nearest of these (default: 1 8 64)",
+    )
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="bfloat16", help="of the model (default: bfloat16)"
+    )
+    parser.add_argument(
+        "--budget",
+        type=float,
+        default=900,
+        metavar="SECONDS",
+        help="start nothing new after so long (default: 900)",
+    )
+    parser.add_argument("--force", action="store_true", help="measure again what the cache holds")
+    parser.add_argument("--device", metavar="DEVICE", help="cuda, cuda:1, … (default: cuda)")
+    parser.set_defaults(run=tune.run)
+
+
 def _add_info(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "info",
@@ -104,7 +142,7 @@ def _add_info(commands: argparse._SubParsersAction) -> None:
     _add_model(parser.add_mutually_exclusive_group(), random_weights="base-patch16-224")
     parser.add_argument(
         "--dtype",
-        choices=("float32", "bfloat16", "float16"),
+        choices=DTYPES,
         default="float32",
         help="of the model (default: float32)",
     )

@@ -1,14 +1,16 @@
-"""`siglip-fast info`: versions, device, the backend that would run here and why, and what its weights cost in memory."""
+"""`siglip-fast info`: versions, device, what would run here and why, whether it is right, and its cost in memory."""
 
+import functools
 import platform
 from argparse import Namespace
 from importlib import metadata
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from .loading import load_model, pick_device, route
+from .loading import first_line, load_model, pick_device, route
 
-if TYPE_CHECKING:  # --help does not need it
+if TYPE_CHECKING:  # --help does not need them
     import torch
+    from transformers import SiglipVisionConfig
 
 
 def run(args: Namespace) -> int:
@@ -22,11 +24,65 @@ def run(args: Namespace) -> int:
     pixels = torch.zeros(1, model.config.num_channels, size, size, dtype=model.dtype, device=device)
     with torch.inference_mode():
         print(f"runs on: {route(model, pixels)}")
+        fused = model.why_not(pixels) is None
     parameters = sum(p.numel() * p.element_size() for p in model.parameters())
     print(
         f"parameters: {parameters / 1e6:.0f} MB; derived weights beside them: {model.derived_bytes() / 1e6:.0f} MB"
     )
-    return 0
+    if not fused:
+        return 0
+    with torch.no_grad():
+        return 0 if check_operations(model.config, model.dtype, device, model.backend_for(device)) else 1
+
+
+def check_operations(
+    config: "SiglipVisionConfig", dtype: "torch.dtype", device: "torch.device", backend: str
+) -> bool:
+    """Prints, for each operation of a forward of one image, what runs it and whether its result is right here."""
+    from .backends.select import load
+    from .tuning.cases import cases, inputs
+    from .tuning.verify import Verifier
+
+    implementation = load(backend)
+    if backend == "triton":
+        print(f"measured configurations: {cache_state(device)}")
+    print("operations, each checked against higher precision on made-up inputs:")
+    all_right = True
+    for case in cases(config, (config.image_size // config.patch_size) ** 2, dtype, [1]):
+        run = getattr(implementation, case.operation.name)
+        try:
+            args = inputs(case, device)
+            wrong = Verifier(case, device, args)(functools.partial(run, *_packed(args, implementation)))
+        except Exception as error:  # a self-check tells of whatever fails
+            wrong = f"{type(error).__name__}: {first_line(error)}"
+        all_right &= wrong is None
+        by = (
+            f", by {implementation.choice(*case.operation, case.rows, device)}" if backend == "triton" else ""
+        )
+        print(f"  {case}: {wrong or 'right'}{by}")
+    return all_right
+
+
+def _packed(args: tuple, implementation: Any) -> list:
+    """With the weights as the backend wants them, which are those that `siglip_fast.weights` packs."""
+    from .ops import Linear, NormedLinear, PatchEmbedding
+
+    packable = (PatchEmbedding, Linear, NormedLinear)
+    pack = implementation.pack_weight
+    return [arg._replace(weight=pack(arg.weight)) if isinstance(arg, packable) else arg for arg in args]
+
+
+def cache_state(device: "torch.device") -> str:
+    """In words: where the cache file is and what it holds."""
+    from . import selection
+
+    key = selection.Key.of(device)
+    if selection.mode() == "off":
+        return "not used (SIGLIP_FAST_TUNE=off)"
+    entries = selection.read(key)
+    if not entries:
+        return f"none for {key.gpu}, driver {key.driver} (`siglip-fast tune` makes them)"
+    return f"{sum(map(len, entries.values()))} of {len(entries)} operations in {key.path()}"
 
 
 def versions() -> str:

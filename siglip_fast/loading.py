@@ -10,6 +10,7 @@ from .variants import config_for
 if TYPE_CHECKING:  # --help needs none of these
     import torch
     from PIL.Image import Image
+    from transformers import SiglipVisionConfig
 
     from .model import SiglipVisionModel
 
@@ -33,6 +34,22 @@ def pick_device(name: str | None) -> "torch.device":
     except (RuntimeError, AssertionError) as error:  # the latter where torch was built without CUDA
         raise UserError(f"--device {name}: {first_line(error)}") from error
     return device
+
+
+def load_config(args: Namespace) -> "SiglipVisionConfig":
+    """The vision config of `args.model` or `args.random_weights`.
+
+    Raises:
+        UserError: there is none.
+    """
+    from transformers import SiglipVisionConfig
+
+    try:
+        if args.model:
+            return SiglipVisionConfig.from_pretrained(args.model)
+        return config_for(args.random_weights)
+    except (ValueError, OSError) as error:
+        raise UserError(first_line(error)) from error
 
 
 def load_model(args: Namespace, device: "torch.device", dtype: "torch.dtype") -> "SiglipVisionModel":

@@ -2,8 +2,10 @@
 
 import functools
 import logging
+import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 import transformers
@@ -15,10 +17,15 @@ from transformers.models.siglip.configuration_siglip import SiglipVisionConfig
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
+from . import selection
 from .backends.select import NAMES, backend_for
 from .forward import forward
+from .graphs import Graphs
 from .ops import DTYPES
 from .weights import Derived
+
+if TYPE_CHECKING:  # tuning imports the kernels, and they Triton
+    from .tuning import Report
 
 logger = logging.getLogger("siglip_fast")
 
@@ -47,6 +54,8 @@ class SiglipVisionModel(transformers.SiglipVisionModel):
         if self.backend not in NAMES:
             raise ValueError(f"backend: expected one of {', '.join(NAMES)}, got {self.backend!r}")
         self._derived: Derived | None = None
+        self._to_capture: tuple[tuple[int, ...], int] | None = None  # batch sizes, image size
+        self._graphs: tuple[Derived, Graphs] | None = None  # made from those derived weights
 
     def forward(
         self,
@@ -71,20 +80,82 @@ class SiglipVisionModel(transformers.SiglipVisionModel):
             derived = self._current()
             reason = derived.reason(owner=self)
         if reason is _GRADIENTS:
-            self._derived = None  # the weights are about to change, perhaps in ways that torch does not count
+            self._derived = self._graphs = (
+                None  # the weights are about to change, perhaps in ways that torch does not count
+            )
         if reason is not None:
             if self.strict:
                 raise RuntimeError(f"the fused forward does not apply: {reason}")
             _log_once(reason)
             return super().forward(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs)
         with torch.no_grad():
-            position = self._position(pixel_values, interpolate_pos_encoding)
-            if pixel_values.dtype not in DTYPES:
-                pixel_values = pixel_values.to(position.dtype)
-            last_hidden_state, pooler_output = forward(derived.ops, derived.weights, pixel_values, position)
+            last_hidden_state, pooler_output = self._fused(derived, pixel_values, interpolate_pos_encoding)
         output = BaseModelOutputWithPooling(last_hidden_state=last_hidden_state, pooler_output=pooler_output)
         return_dict = kwargs.get("return_dict", getattr(self.config, "return_dict", True))
         return output.to_tuple() if return_dict is False else output
+
+    def capture(self, batch_sizes: Sequence[int], image_size: int | None = None) -> None:
+        """Record CUDA graphs of the fused forward, which later calls replay: no launch costs, the same results.
+
+        A batch runs on the graph of the smallest captured size that holds it and is less than twice as large; other
+        batches, and images of another size, are launched kernel by kernel as before. The graphs are recorded again
+        when weights were edited, dropped for training, and released, for good, when the model is moved or cast
+        (`.to()`), copied or pickled, or by `capture([])`. Inside a CUDA graph that somebody else captures the kernels
+        are launched into that one.
+
+        Args:
+            batch_sizes: one graph each; they share their memory.
+            image_size: height and width of the images, in pixels. Default: the config's; others are for calls with
+                `interpolate_pos_encoding=True`.
+
+        Raises:
+            ValueError: a batch size or the image size is not a positive integer.
+            RuntimeError: the model is not on a CUDA device, or its fused forward does not apply.
+        """
+        image_size = self.config.image_size if image_size is None else image_size
+        for name, value in (("image_size", image_size), *(("batch_sizes", size) for size in batch_sizes)):
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}: expected positive integers, got {value!r}")
+        self._to_capture = self._graphs = None
+        if not batch_sizes:
+            return
+        with torch.no_grad():
+            if reason := self.why_not(self._example(image_size)[None]):
+                raise RuntimeError(f"capture: the fused forward does not apply: {reason}")
+            self._to_capture = tuple(batch_sizes), image_size
+            try:
+                self._first_contact(
+                    self._current(), self._example(image_size).expand(max(batch_sizes), -1, -1, -1)
+                )
+                self._current_graphs(self._current())
+            except BaseException:
+                self._to_capture = None
+                raise
+
+    def tune(
+        self, batch_sizes: Sequence[int] = (1, 8, 64), *, budget: float = 900.0, force: bool = False
+    ) -> "Report":
+        """Measure on this GPU how each of the model's operations runs fastest, and use that from now on.
+
+        Every kernel configuration and every vendor route is verified and timed in a process of its own; the results
+        stay in a cache file (`siglip_fast.selection`) that later processes read. What it holds already is not measured
+        again unless `force`. The same as `siglip-fast tune`.
+
+        Args:
+            batch_sizes: images a forward. Other batches run as the nearest of these.
+            budget: seconds; what is not measured by then stays as it was.
+
+        Raises:
+            ValueError: a batch size is not a positive integer.
+            RuntimeError: the Triton kernels do not run on the model's device.
+        """
+        from .tuning import tune
+
+        weight = self._tower.embeddings.patch_embedding.weight
+        try:
+            return tune(self.config, weight.dtype, batch_sizes, weight.device, budget=budget, force=force)
+        finally:
+            self._derived = self._graphs = None  # the next forward reads the cache
 
     def why_not(self, pixel_values: Tensor, interpolate_pos_encoding: bool = False, **kwargs) -> str | None:
         """Every reason, joined by "; ", for which `forward(...)` would run the stock code here and now, or None.
@@ -92,7 +163,9 @@ class SiglipVisionModel(transformers.SiglipVisionModel):
         It reads the weights as the fused forward would, so the first call takes that forward's time to derive them.
         Under torch.compile and torch.export the stock code is traced in any case.
         """
-        reasons = [*self._call_reasons(pixel_values, kwargs), self._current().reason(owner=self)]
+        reasons = [*self._call_reasons(pixel_values, kwargs)]
+        if _NOT_DERIVED not in reasons:
+            reasons.append(self._current().reason(owner=self))
         return "; ".join(filter(None, reasons)) or None
 
     def backend_for(self, device: torch.device | str) -> str | None:
@@ -126,6 +199,61 @@ class SiglipVisionModel(transformers.SiglipVisionModel):
             derived = self._derived = Derived(self._tower, backend)
         return derived
 
+    def _fused(
+        self, derived: Derived, pixel_values: Tensor, interpolate: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        if derived.is_new:
+            self._first_contact(derived, pixel_values)
+        graphs = self._current_graphs(derived)
+        if graphs and (interpolate or not self._must_interpolate(self._to_capture[1])):
+            if size := graphs.batch_size_for(pixel_values):
+                return graphs.replay(size, pixel_values)
+        position = self._position(pixel_values, interpolate)
+        if pixel_values.dtype not in DTYPES:
+            pixel_values = pixel_values.to(position.dtype)
+        return forward(derived.ops, derived.weights, pixel_values, position)
+
+    def _first_contact(self, derived: Derived, pixel_values: Tensor) -> None:
+        if derived.ops.backend != "triton" or _is_capturing(pixel_values):
+            return
+        derived.is_new = False
+        if selection.mode() == "auto":
+            from .tuning import first_contact
+
+            weight = self._patch_weight()
+            tokens = math.prod(size // weight.shape[-1] for size in pixel_values.shape[2:])
+            first_contact(self.config, weight.dtype, len(pixel_values), tokens, weight.device)
+
+    def _current_graphs(self, derived: Derived) -> Graphs | None:
+        to_capture = self._to_capture
+        if to_capture is None or _is_capturing(derived.weights.patch.weight):
+            return None
+        recorded = self._graphs
+        if recorded is None or recorded[0] is not derived:
+            recorded = self._graphs = None  # their memory goes before new ones are made
+            batch_sizes, image_size = to_capture
+            image = self._example(image_size)
+            position = self._position(image[None], self._must_interpolate(image_size))
+            graphs = Graphs(
+                lambda pixels: forward(derived.ops, derived.weights, pixels, position), batch_sizes, image
+            )
+            recorded = self._graphs = derived, graphs
+        return recorded[1]
+
+    def _example(self, image_size: int) -> Tensor:
+        """An image `[C, H, W]` as the model takes it."""
+        weight = self._tower.embeddings.patch_embedding.weight
+        return weight.new_zeros((weight.shape[1], image_size, image_size))
+
+    def _must_interpolate(self, image_size: int) -> bool:
+        embeddings = self._tower.embeddings
+        patches = image_size // embeddings.patch_embedding.weight.shape[-1]
+        return patches**2 != len(embeddings.position_embedding.weight)
+
+    def _is_derived(self) -> bool:
+        derived = self._derived
+        return derived is not None and derived.weights is not None and derived.source.is_unchanged()
+
     def _call_reasons(self, pixel_values: Tensor, kwargs: dict) -> Iterator[str]:
         """The reasons that lie in the call and its circumstances, not in the tower."""
         if not isinstance(pixel_values, Tensor):
@@ -147,6 +275,8 @@ class SiglipVisionModel(transformers.SiglipVisionModel):
             yield f"pixel_values are on {pixel_values.device}, the parameters on {weight.device}"
         elif reason := backend_for(self.backend, pixel_values.device)[1]:
             yield reason
+        elif _is_capturing(pixel_values) and not self._is_derived():
+            yield _NOT_DERIVED
 
     def _request_reasons(self, kwargs: dict) -> Iterator[str]:
         for name in ("output_attentions", "output_hidden_states"):
@@ -195,18 +325,22 @@ class SiglipVisionModel(transformers.SiglipVisionModel):
 
     def train(self, mode: bool = True) -> "SiglipVisionModel":
         if mode != self.training:
-            self._derived = None  # training needs the memory, and is about to change the weights
+            self._derived = self._graphs = (
+                None  # training needs the memory, and is about to change the weights
+            )
         return super().train(mode)
 
     def _apply(self, fn: Callable, *args, **kwargs) -> "SiglipVisionModel":
-        self._derived = None  # moved or cast: do not keep the old copies until the next forward
+        # moved or cast: do not keep the old copies until the next forward
+        self._derived = self._graphs = self._to_capture = None
         return super()._apply(fn, *args, **kwargs)
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"_derived": None}  # copies and pickles make their own
+        return self.__dict__ | dict.fromkeys(("_derived", "_graphs", "_to_capture"))  # copies make their own
 
 
 _GRADIENTS = "gradients are needed (use torch.no_grad or torch.inference_mode for inference)"
+_NOT_DERIVED = "a CUDA graph is being captured before the weights were derived (run one forward before)"
 _OWN_KWARGS = ("return_dict", "output_attentions", "output_hidden_states")
 # Names of implementations of the same softmax attention, not of something that a caller could observe
 _EXACT_ATTENTION = ("sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4")
@@ -219,6 +353,10 @@ def _mode_reasons(device: torch.device) -> Iterator[str]:
         yield "autocast is active"
     if torch.jit.is_tracing() or torch.utils._python_dispatch._get_current_dispatch_mode() is not None:
         yield "the operations are traced or intercepted (torch.jit.trace, make_fx, a TorchDispatchMode)"
+
+
+def _is_capturing(tensor: Tensor) -> bool:
+    return tensor.is_cuda and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 def _is_transformers_own(attention: Callable | None) -> bool:

@@ -45,6 +45,7 @@ class Derived:
         self.ops = Ops(backend)
         self.weights: TowerWeights | None = None
         self._reason: str | None = None
+        self.is_new = True  # no forward has run on them
 
     def reason(self, owner: nn.Module) -> str | None:
         """Why the tower cannot run on the operations, if it cannot. `owner` is the model whose forward is running."""

@@ -8,6 +8,7 @@ from models import TINY, drop_in, stock_model
 from transformers import SiglipVisionConfig
 
 from siglip_fast.cli import main
+from siglip_fast.selection import Key, write
 
 
 @pytest.mark.parametrize("backend", ["torch", "cpu"])
@@ -19,6 +20,41 @@ def test_info(backend, capsys):
     parameters, derived = map(int, re.search(r"parameters: (\d+) MB; .*: (\d+) MB", out).groups())
     assert parameters == 372
     assert 200 <= derived <= 365
+    assert out.count(" rows: right") == 11
+
+
+@pytest.fixture
+def tiny(monkeypatch, tmp_path):
+    """`siglip-fast info` on a small model, with an empty cache folder."""
+    monkeypatch.setattr("siglip_fast.loading.config_for", lambda name: SiglipVisionConfig(**TINY))
+    monkeypatch.setenv("SIGLIP_FAST_CACHE_DIR", str(tmp_path))
+
+
+def test_what_runs_each_operation(tiny, device, capsys, monkeypatch):
+    command = ["info", "--device", device, "--backend", "triton", "--dtype", "float16"]
+    key = Key.of(torch.device(device))
+    assert main(command) == 0
+    assert "measured configurations: none for" in capsys.readouterr().out
+    entry = {"route": "vendor", "config": None, "microseconds": {"vendor": 1.0}, "dropped": {}}
+    write(key, {"layernorm 64 float16": {"16": entry}})
+    assert main(command) == 0
+    out = capsys.readouterr().out
+    assert f"measured configurations: 1 of 1 operations in {key.path()}" in out
+    assert "  layernorm 64 float16, 9 rows: right, by vendor\n" in out
+    assert "  attention 9x4x16 float16, 1 rows: right, by triton\n" in out
+    monkeypatch.setenv("SIGLIP_FAST_TUNE", "off")
+    assert main(command) == 0
+    assert "not used (SIGLIP_FAST_TUNE=off)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "broken, message",
+    [(lambda *args: args[0] * 2, "wrong: "), (lambda *args: 1 / 0, "ZeroDivisionError: division by zero")],
+)
+def test_the_self_check_fails(tiny, capsys, monkeypatch, broken, message):
+    monkeypatch.setattr("siglip_fast.backends.cpu.layernorm", broken)
+    assert main(["info", "--device", "cpu", "--backend", "cpu"]) == 1
+    assert f"  layernorm 64 float32, 9 rows: {message}" in capsys.readouterr().out
 
 
 def test_unknown_variant(capsys):

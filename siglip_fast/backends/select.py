@@ -9,7 +9,7 @@ torch    plain torch: the reference and fallback, any device
 import functools
 import importlib
 import importlib.util
-from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -32,9 +32,10 @@ def backend_for(name: str, device: torch.device) -> tuple[str | None, str | None
     return name, None
 
 
-def load(name: str) -> ModuleType:
-    """The module that implements the operations for a backend's name."""
-    return importlib.import_module(f"siglip_fast.backends.{name}")
+def load(name: str) -> Any:
+    """What implements the operations for a backend's name: a module, or an object with the same functions."""
+    module = importlib.import_module(f"siglip_fast.backends.{name}")
+    return module.Backend() if name == "triton" else module
 
 
 @functools.cache

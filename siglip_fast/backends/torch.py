@@ -47,7 +47,7 @@ def layernorm(hidden_states, moments, norm):
 
 
 def attention_pool(hidden_states, pool):
-    scores: Tensor = hidden_states.float() @ pool.scores.T
+    scores: Tensor = hidden_states.to(pool.scores.dtype) @ pool.scores.T
     p = torch.softmax(scores, dim=1).to(hidden_states.dtype)
     # [B, H, D] → [H, B, D] · [H, D, d] → [B, H·d]
     pooled = (p.transpose(1, 2) @ hidden_states).transpose(0, 1)

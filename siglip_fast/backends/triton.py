@@ -1,32 +1,106 @@
-"""The operations on the fused Triton kernels. Their contracts are in `siglip_fast.ops`."""
+"""The operations on the fused Triton kernels, or by the vendor's route where that was measured to be the faster one.
 
-from siglip_fast.kernels.attention import attention as attention
+Contracts are in `siglip_fast.ops`. The functions run the choice they are given; `Backend` takes it from
+`siglip_fast.selection`.
+"""
+
+import torch
+
+from siglip_fast.kernels.attention import attention as _attention
 from siglip_fast.kernels.attention_pool import attention_pool as _attention_pool
 from siglip_fast.kernels.layernorm import layernorm as _layernorm
 from siglip_fast.kernels.layernorm_linear import layernorm_linear as _layernorm_linear
 from siglip_fast.kernels.linear_residual import linear_residual as _linear_residual
 from siglip_fast.kernels.patch_embed import patch_embed as _patch_embed
 
-from .torch import pack_weight as pack_weight
+from ..selection import Choice, Selection
+from . import vendor
+from .torch import pack_weight
 
 
-def patch_embed(pixel_values, patch, position):
-    return _patch_embed(pixel_values, patch.weight, patch.bias, position, patch.patch_size)
-
-
-def layernorm_linear(hidden_states, moments, linear, gelu):
-    return _layernorm_linear(
-        hidden_states, moments, linear.weight, linear.colsum, linear.bias, linear.eps, gelu
+def patch_embed(choice, pixel_values, patch, position):
+    if choice.route != "triton":
+        return vendor.patch_embed(pixel_values, patch, position)
+    return _patch_embed(
+        pixel_values, patch.weight, patch.bias, position, patch.patch_size, config=choice.config
     )
 
 
-def linear_residual(x, linear, residual):
-    return _linear_residual(x, linear.weight, linear.bias, residual)
+def layernorm_linear(choice, hidden_states, moments, linear, gelu):
+    if choice.route != "triton":
+        return vendor.layernorm_linear(hidden_states, moments, linear, gelu)
+    weight, colsum, bias, eps = linear
+    return _layernorm_linear(hidden_states, moments, weight, colsum, bias, eps, gelu, choice.config)
 
 
-def layernorm(hidden_states, moments, norm):
-    return _layernorm(hidden_states, moments, norm.weight, norm.bias, norm.eps)
+def attention(choice, qkv):
+    return _attention(qkv, choice.config) if choice.route == "triton" else vendor.attention(qkv, choice.route)
 
 
-def attention_pool(hidden_states, pool):
-    return _attention_pool(hidden_states, pool.scores, pool.value.weight, pool.value.bias)
+def linear_residual(choice, x, linear, residual):
+    if choice.route != "triton":
+        return vendor.linear_residual(x, linear, residual)
+    return _linear_residual(x, linear.weight, linear.bias, residual, choice.config)
+
+
+def layernorm(choice, hidden_states, moments, norm):
+    if choice.route != "triton":
+        return vendor.layernorm(hidden_states, moments, norm)
+    return _layernorm(hidden_states, moments, norm.weight, norm.bias, norm.eps, choice.config)
+
+
+def attention_pool(choice, hidden_states, pool):
+    if choice.route != "triton":
+        return vendor.attention_pool(hidden_states, pool)
+    return _attention_pool(hidden_states, pool.scores, pool.value.weight, pool.value.bias, choice.config)
+
+
+class Backend:
+    """The operations, each as measured on its tensors' device for its shape, or by default."""
+
+    pack_weight = staticmethod(pack_weight)
+
+    def __init__(self):
+        self._selections: dict[torch.device, Selection] = {}  # loaded when a device is first met
+
+    def patch_embed(self, pixel_values, patch, position):
+        D, K = patch.weight.shape
+        N = len(position)
+        choice = self._choice("patch_embed", (D, K, patch.patch_size, N), patch.weight, len(pixel_values) * N)
+        return patch_embed(choice, pixel_values, patch, position)
+
+    def layernorm_linear(self, hidden_states, moments, linear, gelu):
+        out, K = linear.weight.shape
+        choice = self._choice("layernorm_linear", (out, K, gelu), hidden_states, hidden_states.numel() // K)
+        return layernorm_linear(choice, hidden_states, moments, linear, gelu)
+
+    def attention(self, qkv):
+        B, N, _, H, d = qkv.shape
+        return attention(self._choice("attention", (N, H, d), qkv, B), qkv)
+
+    def linear_residual(self, x, linear, residual):
+        out, K = linear.weight.shape
+        choice = self._choice("linear_residual", (out, K, residual is not None), x, x.numel() // K)
+        return linear_residual(choice, x, linear, residual)
+
+    def layernorm(self, hidden_states, moments, norm):
+        D = hidden_states.shape[-1]
+        choice = self._choice("layernorm", (D,), hidden_states, hidden_states.numel() // D)
+        return layernorm(choice, hidden_states, moments, norm)
+
+    def attention_pool(self, hidden_states, pool):
+        B, N, D = hidden_states.shape
+        choice = self._choice("attention_pool", (N, D, len(pool.scores)), hidden_states, B)
+        return attention_pool(choice, hidden_states, pool)
+
+    def choice(
+        self, name: str, dims: tuple[int, ...], dtype: torch.dtype, rows: int, device: torch.device
+    ) -> Choice:
+        """What runs an operation (see `siglip_fast.selection.Operation`) on so many rows."""
+        selection = self._selections.get(device)
+        if selection is None:
+            selection = self._selections[device] = Selection.load(device)
+        return selection.choice(name, dims, dtype, rows)
+
+    def _choice(self, name: str, dims: tuple[int, ...], tensor: torch.Tensor, rows: int) -> Choice:
+        return self.choice(name, dims, tensor.dtype, rows, tensor.device)

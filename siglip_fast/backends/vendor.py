@@ -1,0 +1,50 @@
+"""The operations as the vendor's libraries compute them, with the row moments that the Triton backend carries.
+
+What `siglip-fast tune` measures the fused kernels against: cuBLAS and cuBLASLt through torch's addmm, every backend of
+torch's scaled_dot_product_attention, the flash-attn package. Contracts are in `siglip_fast.ops`.
+"""
+
+import torch
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from siglip_fast.kernels.residual_epilogue import residual_epilogue
+
+from . import torch as plain
+from .torch import attention_pool as attention_pool
+from .torch import layernorm as layernorm
+
+SDPA = {
+    "sdpa flash": SDPBackend.FLASH_ATTENTION,
+    "sdpa cudnn": SDPBackend.CUDNN_ATTENTION,
+    "sdpa efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
+
+
+def patch_embed(pixel_values, patch, position):
+    out, _ = plain.patch_embed(pixel_values, patch, position)
+    return residual_epilogue(out[None], None, None, out.dtype)
+
+
+def layernorm_linear(hidden_states, moments, linear, gelu):
+    if not (gelu and hidden_states.is_cuda):
+        return plain.layernorm_linear(hidden_states, moments, linear, gelu)
+    normed = F.layer_norm(hidden_states, hidden_states.shape[-1:], eps=linear.eps).flatten(0, -2)
+    # The epilogue of cuBLASLt is GELU-tanh; on a CPU this function is GELU-erf.
+    out = torch._addmm_activation(linear.bias.to(normed.dtype), normed, linear.weight.T, use_gelu=True)
+    return out.unflatten(0, hidden_states.shape[:-1])
+
+
+def linear_residual(x, linear, residual):
+    out = F.linear(x, linear.weight, linear.bias)
+    return residual_epilogue(out[None], None, residual, out.dtype)
+
+
+def attention(qkv, route):
+    """By "flash_attn", or by the SDPA backend of that name."""
+    if route == "flash_attn":
+        from flash_attn import flash_attn_qkvpacked_func
+
+        return flash_attn_qkvpacked_func(qkv)
+    with sdpa_kernel(SDPA[route]):
+        return plain.attention(qkv)

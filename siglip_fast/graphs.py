@@ -1,0 +1,86 @@
+"""CUDA graphs of the fused forward: one for each captured batch size, replayed without the cost of its launches."""
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+from torch import Tensor
+
+Outputs = tuple[Tensor, Tensor | None]
+Forward = Callable[[Tensor], Outputs]
+
+
+class Graphs:
+    """The forwards of some batch sizes of images `[C, H, W]`, recorded once.
+
+    Images are copied into a graph's own input and its outputs are cloned, so nothing that a later replay overwrites
+    leaves this class. All graphs share one memory pool.
+    """
+
+    def __init__(self, forward: Forward, batch_sizes: Iterable[int], image: Tensor):
+        """`forward` maps images to outputs; `image [C, H, W]` has their shape, dtype and device."""
+        self._image = image
+        self._lock = threading.Lock()
+        # Outputs that inference mode made could not be written to outside of it.
+        with torch.inference_mode(False), torch.no_grad():
+            self._recorder = Recorder(image.device)
+            inputs = {
+                size: image.new_zeros((size, *image.shape)) for size in sorted(batch_sizes, reverse=True)
+            }
+            self._graphs = {
+                size: (pixels, *self._recorder.record(lambda pixels=pixels: forward(pixels)))
+                for size, pixels in inputs.items()
+            }
+
+    def batch_size_for(self, pixel_values: Tensor) -> int | None:
+        """The captured batch size that these images run on, or None: the next one that is less than twice theirs."""
+        size = min((size for size in self._graphs if size >= len(pixel_values)), default=None)
+        if size is None or size >= 2 * len(pixel_values) or pixel_values.shape[1:] != self._image.shape:
+            return None
+        return size
+
+    def replay(self, size: int, pixel_values: Tensor) -> Outputs:
+        """The forward of `pixel_values [B, C, H, W]` with B ≤ size, cast to the graph's dtype."""
+        B = len(pixel_values)
+        pixels, replay, outputs = self._graphs[size]
+        with self._lock, self._recorder.in_order():
+            pixels[:B].copy_(pixel_values)
+            replay()
+            last_hidden_state, pooler_output = (None if out is None else out[:B].clone() for out in outputs)
+        return last_hidden_state, pooler_output
+
+
+class Recorder:
+    """Records and replays graphs on a CUDA device. Raises RuntimeError on another."""
+
+    def __init__(self, device: torch.device):
+        if device.type != "cuda":
+            raise RuntimeError(f"CUDA graphs need a CUDA device; the model is on {device}")
+        self._device = device
+        self._pool = torch.cuda.graph_pool_handle()
+        self._last_replay = torch.cuda.Event()
+
+    def record(self, run: Callable[[], Outputs]) -> tuple[Callable[[], None], Outputs]:
+        """The function that repeats `run`, and the outputs that it writes."""
+        with torch.cuda.device(self._device):
+            # On a side stream, as torch's documentation asks for: compiles kernels, makes libraries' workspaces.
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                run()
+            torch.cuda.current_stream().wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            # thread_local: what other threads do meanwhile, such as pinning memory, does not end the capture
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                outputs = run()
+        return graph.replay, outputs
+
+    @contextlib.contextmanager
+    def in_order(self) -> Iterator[None]:
+        """Replays on different streams wait for each other: they share buffers."""
+        with torch.cuda.device(self._device):
+            stream = torch.cuda.current_stream()
+            stream.wait_event(self._last_replay)
+            yield
+            self._last_replay.record(stream)

@@ -1,0 +1,210 @@
+"""What was measured on this GPU: the cache file of `siglip-fast tune`, and the choice it holds for an operation.
+
+One JSON file a key (GPU, driver, torch, Triton, kernel sources), written whole or not at all, which people can ship:
+a file whose key is not this machine's is ignored. Tables go by operation, fixed shape and dtype, then by the number of
+rows, rounded up to a power of two.
+"""
+
+import functools
+import hashlib
+import json
+import logging
+import os
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from .sinks import atomic
+
+logger = logging.getLogger("siglip_fast")
+
+FORMAT = 1
+MODES = ("off", "cached", "auto")
+
+
+class Choice(NamedTuple):
+    """How an operation runs: "triton" with a configuration, or a route of `siglip_fast.backends.vendor` without."""
+
+    route: str
+    config: dict | None = None
+
+    def __hash__(self) -> int:
+        return hash(str(self))
+
+    def __str__(self) -> str:
+        settings = (f"{key.removeprefix('BLOCK_')}={value}" for key, value in (self.config or {}).items())
+        return " ".join([self.route, *settings])
+
+
+DEFAULT = Choice("triton")  # with the kernel's built-in configuration
+
+
+class Operation(NamedTuple):
+    """An operation of `siglip_fast.ops` on a fixed shape: what a table is about.
+
+    dims: patch_embed (D, K, patch_size, tokens); layernorm_linear (out, in, gelu); attention (tokens, heads, head_dim);
+    linear_residual (out, in, with residual); layernorm (D); attention_pool (tokens, D, heads).
+    """
+
+    name: str
+    dims: tuple[int, ...]
+    dtype: torch.dtype
+
+    def __str__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"{self.name} {'x'.join(str(int(dim)) for dim in self.dims)} {dtype}"
+
+
+class Key(NamedTuple):
+    """What a measurement holds for."""
+
+    gpu: str
+    driver: str
+    torch: str
+    triton: str
+    kernels: str  # hash of the sources
+
+    @classmethod
+    def of(cls, device: torch.device) -> "Key":
+        import triton
+
+        gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        return cls(gpu, _driver(), torch.__version__, triton.__version__, source_hash())
+
+    def path(self) -> Path:
+        """Of the cache file, which need not exist."""
+        digest = hashlib.sha256("\n".join(self).encode()).hexdigest()[:16]
+        return cache_dir() / f"{re.sub(r'[^A-Za-z0-9]+', '-', self.gpu).strip('-')}-{digest}.json"
+
+
+def mode() -> str:
+    """SIGLIP_FAST_TUNE: "off" (built-in defaults), "cached" (what was measured; the default) or "auto" (measure at the
+    first forward on a GPU that has no cache file).
+
+    Raises:
+        ValueError: it is something else.
+    """
+    value = os.environ.get("SIGLIP_FAST_TUNE") or "cached"
+    if value not in MODES:
+        raise ValueError(f"SIGLIP_FAST_TUNE: expected one of {', '.join(MODES)}, got {value!r}")
+    return value
+
+
+def cache_dir() -> Path:
+    """SIGLIP_FAST_CACHE_DIR, or the user's cache folder."""
+    import platformdirs
+
+    return Path(os.environ.get("SIGLIP_FAST_CACHE_DIR") or platformdirs.user_cache_dir("siglip_fast"))
+
+
+def bucket(rows: int) -> int:
+    """The next power of two."""
+    return 1 << max(rows - 1, 0).bit_length()
+
+
+Entries = dict[str, dict[str, dict]]  # str(Operation): {str(bucket): what siglip_fast.tuning found}
+
+
+def read(key: Key) -> Entries:
+    """The entries of the key's cache file; none if there is no such file, or it is not one that can be used."""
+    path = key.path()
+    try:
+        content = json.loads(path.read_text())
+        if content["format"] != FORMAT or content["key"] != key._asdict():
+            raise ValueError("it is another version's or another machine's")
+        for buckets in content["operations"].values():
+            for rows, entry in buckets.items():
+                int(rows), _choice(entry)
+        return content["operations"]
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        logger.warning("ignoring the measured configurations in %s: %s", path, error)
+        return {}
+
+
+def write(key: Key, entries: Entries) -> None:
+    path = key.path()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({"format": FORMAT, "key": key._asdict(), "operations": entries}, indent=1)
+    with atomic(path) as file:
+        file.write(text.encode())
+
+
+class Selection:
+    """The choices for one device. Operations that nobody measured there run on their defaults."""
+
+    def __init__(self, entries: Entries):
+        self._entries = entries
+        self._memo: dict[tuple, Choice] = {}
+
+    @classmethod
+    def load(cls, device: torch.device) -> "Selection":
+        """As SIGLIP_FAST_TUNE says, from the cache."""
+        if mode() == "off":
+            return cls({})
+        key = Key.of(device)
+        entries = read(key)
+        if not entries and device.type == "cuda":
+            _say_untuned(key.gpu)
+        return cls(entries)
+
+    def choice(self, name: str, dims: tuple[int, ...], dtype: torch.dtype, rows: int) -> Choice:
+        """That of the nearest number of rows that was measured, or DEFAULT."""
+        key = (name, dims, dtype, rows)
+        found = self._memo.get(key)
+        if found is None:
+            found = self._memo[key] = self._find(Operation(name, dims, dtype), rows)
+        return found
+
+    def _find(self, operation: Operation, rows: int) -> Choice:
+        buckets = self._entries.get(str(operation), {})
+        if not buckets:
+            return DEFAULT
+        # Both are powers of two, so the nearer one is the one with fewer bits of difference; of two, the larger.
+        wanted = bucket(rows).bit_length()
+        nearest = min(buckets, key=lambda b: (abs(int(b).bit_length() - wanted), -int(b)))
+        return _choice(buckets[nearest])
+
+
+def _choice(entry: dict) -> Choice:
+    """The one that an entry holds. Raises what malformed entries raise."""
+    if entry["route"] is None:  # nothing passed there
+        return DEFAULT
+    config = entry["config"]
+    if not isinstance(entry["route"], str) or not (config is None or isinstance(config, dict)):
+        raise ValueError(f"malformed entry {entry}")
+    return Choice(entry["route"], config)
+
+
+@functools.cache
+def source_hash() -> str:
+    """Of all that decides how an operation runs: kernels and routes."""
+    from siglip_fast import backends, kernels
+
+    files = [*Path(kernels.__file__).parent.glob("*.py"), *Path(backends.__file__).parent.glob("*.py")]
+    digest = hashlib.sha256()
+    for file in sorted(files, key=lambda file: (file.parent.name, file.name)):
+        digest.update(file.name.encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+@functools.cache
+def _driver() -> str:
+    for path in ("/proc/driver/nvidia/version", "/sys/module/amdgpu/version"):
+        try:
+            lines = Path(path).read_text().splitlines()
+        except OSError:
+            continue
+        if version := re.search(r"\d+\.\d+(\.\d+)*", lines[0] if lines else ""):
+            return version.group()
+    return "unknown"
+
+
+@functools.cache
+def _say_untuned(gpu: str) -> None:
+    logger.warning(
+        "no measured configurations for %s: running the built-in ones; `siglip-fast tune` measures them", gpu
+    )

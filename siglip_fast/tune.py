@@ -1,0 +1,75 @@
+"""`siglip-fast tune`: measures how each operation of a model runs fastest on this GPU, and prints what won."""
+
+from argparse import Namespace
+from typing import TYPE_CHECKING
+
+from .loading import UserError, first_line, load_config, pick_device
+
+if TYPE_CHECKING:  # --help does not need it
+    from .tuning import Report
+
+
+def run(args: Namespace) -> int:
+    """The subcommand: 0 if all is measured, 1 if there was no time for some of it or nothing right was found."""
+    import torch
+
+    device = pick_device(args.device)
+    if device.type == "cpu" and not _can_interpret():
+        raise UserError("there is nothing to tune on a CPU: --device cuda on a machine with a GPU")
+    from .tuning import tune
+
+    try:
+        report = tune(
+            load_config(args),
+            getattr(torch, args.dtype),
+            args.batch_sizes,
+            device,
+            budget=args.budget,
+            force=args.force,
+        )
+    except RuntimeError as error:
+        raise UserError(first_line(error)) from error
+    print(describe(report))
+    return 1 if report.left or any(entry["route"] is None for entry in report.entries.values()) else 0
+
+
+def describe(report: "Report") -> str:
+    """A table of what won against what, what was dropped and why, and what is left."""
+    lines = [f"{'operation':<44}{'rows':>8}{'µs':>10}{'vs vendor':>11}  fastest"]
+    dropped: list[str] = []
+    for case, entry in report.entries.items():
+        times = entry["microseconds"]
+        vendor = min((t for name, t in times.items() if not name.startswith("triton")), default=None)
+        name = min(times, key=times.get, default=None) if entry["route"] is None else winner(entry)
+        time = f"{times[name]:.1f}" if name else "–"
+        ratio = f"{vendor / times[name]:.2f}" if name and vendor else "–"
+        lines.append(
+            f"{case.operation!s:<44}{case.rows:>8}{time:>10}{ratio:>11}  {name or 'the default, unmeasured'}"
+        )
+        dropped += [f"  {case}: {name}: {reason}" for name, reason in entry["dropped"].items()]
+    if dropped:
+        lines += ["", f"dropped ({len(dropped)}):", *dropped]
+    if report.left:
+        lines += [
+            "",
+            f"no time for {len(report.left)} of them (--budget): {', '.join(map(str, report.left))}",
+        ]
+    return "\n".join([*lines, "", f"written: {report.path}"])
+
+
+def winner(entry: dict) -> str:
+    """The name under which an entry's choice was timed."""
+    from .selection import Choice
+
+    return str(Choice(entry["route"], entry["config"]))
+
+
+def _can_interpret() -> bool:
+    from .backends.select import backend_for
+
+    try:
+        import torch
+
+        return backend_for("triton", torch.device("cpu"))[0] is not None
+    except RuntimeError:
+        return False

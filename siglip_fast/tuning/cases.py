@@ -1,0 +1,136 @@
+"""What is tuned and checked: a model's operations, inputs that make mistakes visible, and the reference."""
+
+import math
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+from transformers import SiglipVisionConfig
+
+from ..backends import torch as plain
+from ..ops import Linear, Norm, NormedLinear, PatchEmbedding, Pool
+from ..selection import Operation, bucket
+
+
+class Case(NamedTuple):
+    """An operation on a number of rows: tokens of all images, or images for attention, attention_pool and the head."""
+
+    operation: Operation
+    rows: int
+
+    def __str__(self) -> str:
+        return f"{self.operation}, {self.rows} rows"
+
+
+def cases(
+    config: SiglipVisionConfig, tokens: int, dtype: torch.dtype, batch_sizes: Iterable[int]
+) -> list[Case]:
+    """Those of a model's forwards on images of so many tokens, one a bucket of rows, the largest batch first."""
+    D, F, H, p = config.hidden_size, config.intermediate_size, config.num_attention_heads, config.patch_size
+    N = tokens
+    of_tokens = [
+        ("layernorm_linear", (F, D, True)),
+        ("linear_residual", (D, F, True)),
+        ("layernorm_linear", (3 * D, D, False)),
+        ("linear_residual", (D, D, True)),
+        ("patch_embed", (D, config.num_channels * p * p, p, N)),
+        ("layernorm", (D,)),
+    ]
+    of_images = [("attention", (N, H, D // H))]
+    if getattr(config, "vision_use_head", True):
+        of_images += [
+            ("attention_pool", (N, D, H)),
+            ("linear_residual", (D, D, False)),
+            ("layernorm_linear", (F, D, True)),
+            ("linear_residual", (D, F, True)),
+        ]
+    found: dict[tuple[Operation, int], Case] = {}
+    for B in sorted(batch_sizes, reverse=True):
+        for rows, operations in ((B * N, of_tokens), (B, of_images)):
+            for name, dims in operations:
+                operation = Operation(name, dims, dtype)
+                found.setdefault((operation, bucket(rows)), Case(operation, rows))
+    return list(found.values())
+
+
+def encode(case: Case) -> list:
+    """As JSON holds it."""
+    name, dims, dtype = case.operation
+    return [name, dims, str(dtype).removeprefix("torch."), case.rows]
+
+
+def decode(item: list) -> Case:
+    name, dims, dtype, rows = item
+    return Case(Operation(name, tuple(dims), getattr(torch, dtype)), rows)
+
+
+def plain_result(case: Case, args: tuple) -> Tensor:
+    """The operation in plain torch, in the arguments' dtype."""
+    out = getattr(plain, case.operation.name)(*args)
+    return out[0] if isinstance(out, tuple) else out
+
+
+def upcast(args: tuple) -> tuple:
+    """To what the reference is computed in: float32 for 16 bits, float64 for float32."""
+    to = torch.float64 if args[0].dtype == torch.float32 else torch.float32
+    return tree_map(lambda x: x.to(to) if isinstance(x, Tensor) else x, args)
+
+
+def inputs(case: Case, device: torch.device) -> tuple:
+    """Random arguments of `run` whose last row, channel and key would be missed, and whose masked ones would show."""
+    (name, dims, dtype), rows = case
+    generator = torch.Generator(device).manual_seed(0)
+
+    def randn(*shape: int, scale: float = 1.0) -> Tensor:
+        return (torch.randn(shape, device=device, generator=generator) * scale).to(dtype)
+
+    def linear(out: int, K: int) -> Linear:
+        weight = randn(out, K, scale=K**-0.5)
+        weight[:, -1] *= 4
+        return Linear(weight, randn(out))
+
+    if name == "patch_embed":
+        D, K, p, N = dims
+        side = math.isqrt(N)
+        height, width = (side, N // side) if N % side == 0 else (1, N)
+        pixels = randn(rows // N, K // (p * p), height * p, width * p)
+        return pixels, PatchEmbedding(*linear(D, K), p), randn(N, D)
+    if name == "layernorm_linear":
+        out, K, gelu = dims
+        x = _outliers(randn(rows, K))
+        weight, bias = linear(out, K)
+        normed = NormedLinear(weight, weight.float().sum(1), bias.float(), 1e-6)
+        return x, row_moments(x), normed, gelu
+    if name == "attention":
+        N, H, d = dims
+        qkv = randn(rows, N, 3, H, d)
+        # Scores far below zero: a key beyond the end, which would read as zeros, would outweigh all others.
+        qkv[:, :, 0] += 1
+        qkv[:, :, 1] -= 1
+        return (qkv,)
+    if name == "linear_residual":
+        out, K, with_residual = dims
+        return randn(rows, K), linear(out, K), _outliers(randn(rows, out)) if with_residual else None
+    if name == "layernorm":
+        x = _outliers(randn(rows, *dims))
+        return x, row_moments(x), Norm(randn(*dims), randn(*dims), 1e-6)
+    N, D, H = dims
+    scores = torch.randn((H, D), device=device, generator=generator) * D**-0.5
+    return randn(rows, N, D), Pool(scores, linear(D, D))
+
+
+def _outliers(x: Tensor) -> Tensor:
+    """Every channel off zero, and the last off the rest, but neither so far that nothing else would count."""
+    x = x + 3
+    x[:, -1] *= 4
+    return x
+
+
+def row_moments(x: Tensor) -> Tensor:
+    """`[M, 2, ceil(D / 64)]` in plain torch: mean and sum of squared deviations of each block of 64 channels."""
+    blocks = x.float().split(64, dim=-1)
+    mean = torch.stack([block.mean(-1) for block in blocks], 1)
+    m2 = torch.stack([(block - block.mean(-1, keepdim=True)).square().sum(-1) for block in blocks], 1)
+    return torch.stack([mean, m2], 1)

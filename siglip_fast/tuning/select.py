@@ -1,0 +1,79 @@
+"""Which of several candidates is right and the fastest: verification, interleaved timing, and the rule that decides."""
+
+import statistics
+from collections.abc import Callable
+
+from ..loading import first_line
+from ..selection import Choice
+
+MARGIN = 1.02  # so much faster than the best vendor route one of our kernels has to be
+FIRST_ROUNDS, ROUNDS = 3, 15
+STILL_IN = 1.25  # times the fastest of the first rounds: what is slower is not timed any further
+
+Check = Callable[[Choice], str | None]  # the reason why a candidate is wrong; may raise
+Sample = Callable[[], float]  # seconds of one run
+Timer = Callable[[Choice], Sample]  # may raise
+Announce = Callable[[Choice], None]
+
+
+def select(
+    candidates: list[Choice],
+    check: Check,
+    timer: Timer,
+    announce: Announce = lambda choice: None,
+    dropped: dict[str, str] | None = None,
+) -> dict:
+    """The entry that goes into the cache: the winner's route and config, medians in µs, and what was dropped and why.
+
+    `announce` is called before a candidate first runs; `dropped` names those that must not run at all. The route is
+    None where no candidate is left: the default runs then, unmeasured.
+    """
+    dropped = dict(dropped or {})
+    samples: dict[Choice, Sample] = {}
+    for choice in candidates:
+        if str(choice) in dropped:
+            continue
+        announce(choice)
+        try:
+            if reason := check(choice):
+                dropped[str(choice)] = reason
+            else:
+                samples[choice] = timer(choice)
+        except Exception as error:  # whatever a compiler, a driver or a library raises: not a candidate here
+            dropped[str(choice)] = f"{type(error).__name__}: {first_line(error)}"
+    medians = measure(samples)
+    route, config = decide(medians) or (None, None)
+    return {
+        "route": route,
+        "config": config,
+        "microseconds": {str(choice): round(1e6 * seconds, 2) for choice, seconds in medians.items()},
+        "dropped": dropped,
+    }
+
+
+def unmeasured(reason: str) -> dict:
+    """The entry of a case for which no candidate ran: its default stays in force."""
+    return {"route": None, "config": None, "microseconds": {}, "dropped": {"all": reason}}
+
+
+def measure(samples: dict[Choice, Sample]) -> dict[Choice, float]:
+    """Median seconds of each, all taking turns, so that a clock that changes is unfair to none."""
+    seconds: dict[Choice, list[float]] = {choice: [] for choice in samples}
+    remaining = samples
+    for rounds in (FIRST_ROUNDS, ROUNDS):
+        for _ in range(rounds):
+            for choice, sample in remaining.items():
+                seconds[choice].append(sample())
+        medians = {choice: statistics.median(values) for choice, values in seconds.items()}
+        limit = STILL_IN * min(medians.values(), default=0)
+        remaining = {choice: sample for choice, sample in samples.items() if medians[choice] <= limit}
+    return medians
+
+
+def decide(medians: dict[Choice, float]) -> Choice | None:
+    """The fastest vendor route, unless one of our kernels beats it by MARGIN."""
+    ours = min((c for c in medians if c.route == "triton"), key=medians.get, default=None)
+    vendor = min((c for c in medians if c.route != "triton"), key=medians.get, default=None)
+    if ours is None or vendor is None:
+        return ours or vendor
+    return ours if medians[ours] * MARGIN < medians[vendor] else vendor
