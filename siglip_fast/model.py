@@ -1,6 +1,5 @@
 """The drop-in: `transformers.SiglipVisionModel` with a fused inference forward."""
 
-import functools
 import logging
 import os
 from collections.abc import Callable, Iterator
@@ -15,6 +14,7 @@ from transformers.models.siglip.configuration_siglip import SiglipVisionConfig
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
+from . import traced
 from .backends.select import NAMES, backend_for
 from .forward import forward
 from .ops import DTYPES
@@ -33,8 +33,8 @@ class SiglipVisionModel(transformers.SiglipVisionModel):
         config: as for the stock class.
         backend: "auto", "triton", "cpu" or "torch" (`siglip_fast.backends`). Default: the environment variable
             SIGLIP_FAST_BACKEND, else "auto".
-        strict: raise RuntimeError with the reason instead of running the stock forward (not under torch.compile
-            and torch.export, where the stock forward is always the one that is traced).
+        strict: raise RuntimeError with the reason instead of running the stock forward (not under torch.export,
+            where the stock forward is always the one that is traced).
 
     Raises:
         ValueError: the backend's name is unknown.
@@ -47,6 +47,7 @@ class SiglipVisionModel(transformers.SiglipVisionModel):
         if self.backend not in NAMES:
             raise ValueError(f"backend: expected one of {', '.join(NAMES)}, got {self.backend!r}")
         self._derived: Derived | None = None
+        self._handle = traced.Handle(self, SiglipVisionModel.forward)
 
     def forward(
         self,
@@ -64,12 +65,10 @@ class SiglipVisionModel(transformers.SiglipVisionModel):
                 fit and `interpolate_pos_encoding` was not asked for.
             RuntimeError: `strict` is set and the fused path does not apply, or the backend asked for cannot run here.
         """
-        if torch.compiler.is_compiling():  # the stock forward is traced, even if strict
+        compiling = torch.compiler.is_compiling()
+        if compiling and torch.compiler.is_exporting():  # an exported program should not need this package
             return super().forward(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs)
-        derived, reason = None, next(self._call_reasons(pixel_values, kwargs), None)
-        if reason is None:
-            derived = self._current()
-            reason = derived.reason(owner=self)
+        derived, reason = self._route(pixel_values, kwargs)
         if reason is _GRADIENTS:
             self._derived = None  # the weights are about to change, perhaps in ways that torch does not count
         if reason is not None:
@@ -77,11 +76,28 @@ class SiglipVisionModel(transformers.SiglipVisionModel):
                 raise RuntimeError(f"the fused forward does not apply: {reason}")
             _log_once(reason)
             return super().forward(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs)
+        if compiling:
+            return self._output(*traced.forward(self, pixel_values, interpolate_pos_encoding), kwargs)
         with torch.no_grad():
             position = self._position(pixel_values, interpolate_pos_encoding)
             if pixel_values.dtype not in DTYPES:
                 pixel_values = pixel_values.to(position.dtype)
-            last_hidden_state, pooler_output = forward(derived.ops, derived.weights, pixel_values, position)
+            outputs = forward(derived.ops, derived.weights, pixel_values, position)
+        return self._output(*outputs, kwargs)
+
+    def _route(self, pixel_values: Tensor, kwargs: dict) -> tuple[Derived | None, str | None]:
+        """The derived weights to run on (None where torch.compile traces), or the reason for running stock's code."""
+        derived, reason = None, next(self._call_reasons(pixel_values, kwargs), None)
+        if reason is None and torch.compiler.is_compiling():
+            reason = traced.tower_reason(self._handle.tensor)
+        elif reason is None:
+            derived = self._current()
+            reason = derived.reason(owner=self)
+        return derived, reason
+
+    def _output(
+        self, last_hidden_state: Tensor, pooler_output: Tensor | None, kwargs: dict
+    ) -> BaseModelOutputWithPooling | tuple[Tensor, ...]:
         output = BaseModelOutputWithPooling(last_hidden_state=last_hidden_state, pooler_output=pooler_output)
         return_dict = kwargs.get("return_dict", getattr(self.config, "return_dict", True))
         return output.to_tuple() if return_dict is False else output
@@ -90,7 +106,7 @@ class SiglipVisionModel(transformers.SiglipVisionModel):
         """Every reason, joined by "; ", for which `forward(...)` would run the stock code here and now, or None.
 
         It reads the weights as the fused forward would, so the first call takes that forward's time to derive them.
-        Under torch.compile and torch.export the stock code is traced in any case.
+        Under torch.export the stock code is traced in any case.
         """
         reasons = [*self._call_reasons(pixel_values, kwargs), self._current().reason(owner=self)]
         return "; ".join(filter(None, reasons)) or None
@@ -138,14 +154,15 @@ class SiglipVisionModel(transformers.SiglipVisionModel):
             yield "this is a replica of torch.nn.DataParallel"
         if type(pixel_values) not in (Tensor, nn.Parameter, nn.Buffer):
             yield f"pixel_values are a {type(pixel_values).__name__}, not a plain tensor"
-        elif pixel_values.ndim > 0 and len(pixel_values) == 0:
+        elif pixel_values.ndim > 0 and pixel_values.shape[0] == 0:
             yield "the batch is empty"
-        yield from _mode_reasons(pixel_values.device)
+        if reason := _mode_reason(pixel_values.device):
+            yield reason
         yield from self._request_reasons(kwargs)
         weight = self._patch_weight()
         if weight is not None and pixel_values.device != weight.device:
             yield f"pixel_values are on {pixel_values.device}, the parameters on {weight.device}"
-        elif reason := backend_for(self.backend, pixel_values.device)[1]:
+        elif reason := _backend_reason(self.backend, pixel_values.device):
             yield reason
 
     def _request_reasons(self, kwargs: dict) -> Iterator[str]:
@@ -203,7 +220,11 @@ class SiglipVisionModel(transformers.SiglipVisionModel):
         return super()._apply(fn, *args, **kwargs)
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"_derived": None}  # copies and pickles make their own
+        return self.__dict__ | {"_derived": None, "_handle": None}  # copies and pickles make their own
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self._handle = traced.Handle(self, SiglipVisionModel.forward)
 
 
 _GRADIENTS = "gradients are needed (use torch.no_grad or torch.inference_mode for inference)"
@@ -212,19 +233,32 @@ _OWN_KWARGS = ("return_dict", "output_attentions", "output_hidden_states")
 _EXACT_ATTENTION = ("sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4")
 
 
-def _mode_reasons(device: torch.device) -> Iterator[str]:
+# These three ask what torch.compile cannot trace. It calls them as it traces, and what they answer is part of the graph.
+@torch.compiler.assume_constant_result
+def _mode_reason(device: torch.device) -> str | None:
     if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
-        yield "a torch.func transform or forward-mode differentiation is active"
+        return "a torch.func transform or forward-mode differentiation is active"
     if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
-        yield "autocast is active"
+        return "autocast is active"
     if torch.jit.is_tracing() or torch.utils._python_dispatch._get_current_dispatch_mode() is not None:
-        yield "the operations are traced or intercepted (torch.jit.trace, make_fx, a TorchDispatchMode)"
+        return "the operations are traced or intercepted (torch.jit.trace, make_fx, a TorchDispatchMode)"
+    return None
+
+
+@torch.compiler.assume_constant_result
+def _backend_reason(backend: str, device: torch.device) -> str | None:
+    return backend_for(backend, device)[1]
+
+
+@torch.compiler.assume_constant_result
+def _log_once(reason: str) -> None:
+    if reason not in _logged:
+        _logged.add(reason)
+        logger.warning("running the stock SiglipVisionModel forward: %s", reason)
+
+
+_logged: set[str] = set()
 
 
 def _is_transformers_own(attention: Callable | None) -> bool:
     return getattr(attention, "__module__", "").startswith("transformers.integrations.")
-
-
-@functools.cache
-def _log_once(reason: str) -> None:
-    logger.warning("running the stock SiglipVisionModel forward: %s", reason)

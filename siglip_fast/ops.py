@@ -83,13 +83,13 @@ class Ops:
         """
         D, K = patch.weight.shape
         p = patch.patch_size
-        _check_shape("pixel_values", pixel_values, (None, K // (p * p), None, None))
+        check_shape("pixel_values", pixel_values, (None, K // (p * p), None, None))
         if not pixel_values.is_floating_point():
             raise TypeError(f"pixel_values: expected a floating dtype, got {pixel_values.dtype}")
         tokens = (pixel_values.shape[2] // p) * (pixel_values.shape[3] // p)
         position = position.contiguous()
-        _check_shape("position", position, (tokens, D))
-        _check_shape("bias", patch.bias, (D,))
+        check_shape("position", position, (tokens, D))
+        check_shape("bias", patch.bias, (D,))
         _check_like("patch.weight", patch.weight, position=position, bias=patch.bias)
         return self._module.patch_embed(pixel_values.resolve_neg(), patch, position)
 
@@ -100,7 +100,7 @@ class Ops:
 
         Ba, Kiros & Hinton 2016 (LayerNorm); Hendrycks & Gimpel 2016 (GELU, tanh form).
         """
-        _check_shape("hidden_states", hidden_states, (..., linear.weight.shape[1]))
+        check_shape("hidden_states", hidden_states, (..., linear.weight.shape[1]))
         _check_like("hidden_states", hidden_states, weight=linear.weight)
         for name in ("colsum", "bias"):
             _check_float32(name, getattr(linear, name), (linear.weight.shape[0],))
@@ -109,7 +109,7 @@ class Ops:
 
     def attention(self, qkv: Tensor) -> Tensor:
         """`softmax(q kᵀ / √d) v` per head: `[B, N, 3, H, d]` → `[B, N, H, d]`. Vaswani et al. 2017, eq. 1."""
-        _check_shape("qkv", qkv, (None, None, 3, None, None))
+        check_shape("qkv", qkv, (None, None, 3, None, None))
         _check_like("qkv", qkv)
         return self._module.attention(qkv.contiguous())
 
@@ -117,19 +117,19 @@ class Ops:
         self, x: Tensor, linear: Linear, residual: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         """`x·Wᵀ + b + residual` and the moments of the result: `[..., in]`, `[..., out]` → `[..., out]`."""
-        _check_shape("x", x, (..., linear.weight.shape[1]))
-        _check_shape("bias", linear.bias, (linear.weight.shape[0],))
+        check_shape("x", x, (..., linear.weight.shape[1]))
+        check_shape("bias", linear.bias, (linear.weight.shape[0],))
         _check_like("x", x, weight=linear.weight, bias=linear.bias)
         if residual is not None:
             residual = residual.contiguous()
-            _check_shape("residual", residual, (*x.shape[:-1], linear.weight.shape[0]))
+            check_shape("residual", residual, (*x.shape[:-1], linear.weight.shape[0]))
             _check_like("x", x, residual=residual)
         return self._module.linear_residual(x.contiguous(), linear, residual)
 
     def layernorm(self, hidden_states: Tensor, moments: Tensor | None, norm: Norm) -> Tensor:
         """`(x − mean) / √(variance + eps) · γ + β`: `[..., D]` → `[..., D]`. Ba, Kiros & Hinton 2016."""
-        _check_shape("hidden_states", hidden_states, (..., norm.weight.shape[0]))
-        _check_shape("bias", norm.bias, (norm.weight.shape[0],))
+        check_shape("hidden_states", hidden_states, (..., norm.weight.shape[0]))
+        check_shape("bias", norm.bias, (norm.weight.shape[0],))
         _check_like("hidden_states", hidden_states, weight=norm.weight, bias=norm.bias)
         self._check_moments(moments, hidden_states)
         return self._module.layernorm(hidden_states.contiguous(), moments, norm)
@@ -141,9 +141,9 @@ class Ops:
         with the constant query multiplied into the key projection.
         """
         D = pool.value.weight.shape[1]
-        _check_shape("hidden_states", hidden_states, (None, None, D))
+        check_shape("hidden_states", hidden_states, (None, None, D))
         _check_float32("pool.scores", pool.scores, (None, D))
-        _check_shape("value.bias", pool.value.bias, (D,))
+        check_shape("value.bias", pool.value.bias, (D,))
         _check_like("hidden_states", hidden_states, weight=pool.value.weight, bias=pool.value.bias)
         return self._module.attention_pool(hidden_states.contiguous(), pool)
 
@@ -155,7 +155,7 @@ class Ops:
             _check_float32("moments", moments, (hidden_states.numel() // D, 2, -(-D // 64)))
 
 
-def _check_shape(name: str, tensor: Tensor, expected: tuple) -> None:
+def check_shape(name: str, tensor: Tensor, expected: tuple) -> None:
     """`expected` holds sizes, None for any size, and possibly a leading `...` for any dimensions."""
     shape, sizes = tuple(tensor.shape), expected
     if sizes[0] is ...:
@@ -167,7 +167,7 @@ def _check_shape(name: str, tensor: Tensor, expected: tuple) -> None:
 
 
 def _check_float32(name: str, tensor: Tensor, shape: tuple) -> None:
-    _check_shape(name, tensor, shape)
+    check_shape(name, tensor, shape)
     if tensor.dtype != torch.float32 or not tensor.is_contiguous():
         raise TypeError(f"{name}: expected contiguous float32, got {tensor.dtype}, strides {tensor.stride()}")
 
