@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import transformers
@@ -18,6 +18,7 @@ from . import traced
 from .backends.select import NAMES, backend_for
 from .forward import forward
 from .ops import DTYPES
+from .uint8 import check_images, normalization
 from .weights import Derived
 
 logger = logging.getLogger("siglip_fast")
@@ -83,6 +84,42 @@ class SiglipVisionModel(transformers.SiglipVisionModel):
             if pixel_values.dtype not in DTYPES:
                 pixel_values = pixel_values.to(position.dtype)
             outputs = forward(derived.ops, derived.weights, pixel_values, position)
+        return self._output(*outputs, kwargs)
+
+    def forward_uint8(
+        self,
+        images: Tensor,
+        image_mean: Sequence[float] = (0.5, 0.5, 0.5),
+        image_std: Sequence[float] = (0.5, 0.5, 0.5),
+        rescale_factor: float = 1 / 255,
+        interpolate_pos_encoding: bool = False,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPooling | tuple[Tensor, ...]:
+        """`model((images * rescale_factor - mean) / std)`, where Triton runs without making those pixels in memory.
+
+        images uint8 `[B, C, H, W]` of any strides, resized already; a batch with its channels last is passed as
+        `images.permute(0, 3, 1, 2)`. The other names are those of Hugging Face's image processors, the defaults
+        SigLIP's. Outputs and keyword arguments as `forward`.
+
+        Raises:
+            TypeError: images are no uint8 tensor.
+            ValueError: images have the wrong rank, channels or size; image_mean or image_std not one finite value a
+                channel; a zero in image_std or rescale_factor. And what `forward` raises.
+        """
+        channels = self.config.num_channels
+        check_images(images, channels)
+        normalize = normalization(image_mean, image_std, rescale_factor, channels)
+        # torch and oneDNN round their products to 16 bits before a bias could be added in float32; so these backends
+        # normalise first, as does whatever is not fused, hooks on this very model included.
+        hooked = self._forward_hooks or self._forward_pre_hooks or "forward" in vars(self)
+        if torch.compiler.is_compiling() or hooked:
+            return self(normalize(images), interpolate_pos_encoding, **kwargs)
+        derived, reason = self._route(images, kwargs)
+        if reason is not None or not derived.ops.reads_uint8:
+            return self(normalize(images), interpolate_pos_encoding, **kwargs)
+        with torch.no_grad():
+            position = self._position(images, interpolate_pos_encoding)
+            outputs = forward(derived.ops, derived.for_uint8(normalize), images, position)
         return self._output(*outputs, kwargs)
 
     def _route(self, pixel_values: Tensor, kwargs: dict) -> tuple[Derived | None, str | None]:

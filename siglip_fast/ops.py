@@ -21,11 +21,13 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 class PatchEmbedding(NamedTuple):
-    """`weight [D, C·p·p]` (a Conv2d's, flattened), `bias [D]`."""
+    """`weight [D, C·p·p]` (a Conv2d's, flattened), `bias [D]`; for uint8 pixels the bias is float32 and the products
+    are multiplied by `scale` (`siglip_fast.uint8`)."""
 
     weight: Tensor
     bias: Tensor
     patch_size: int
+    scale: float = 1.0
 
 
 class Linear(NamedTuple):
@@ -67,6 +69,7 @@ class Ops:
         self.backend = backend
         self._module = load(backend)
         self._carries_moments = backend == "triton"
+        self.reads_uint8 = backend == "triton"
 
     def pack_weight(self, weight: Tensor) -> Tensor:
         """`weight [out, in]`, contiguous, as the backend's linear operations read it best: maybe an opaque tensor of
@@ -76,21 +79,27 @@ class Ops:
     def patch_embed(
         self, pixel_values: Tensor, patch: PatchEmbedding, position: Tensor
     ) -> tuple[Tensor, Tensor | None]:
-        """Tokens of whole patches, row-major: `W·patch + bias + position`, and their moments.
+        """Tokens of whole patches, row-major: `scale·W·patch + bias + position`, and their moments.
 
-        pixel_values `[B, C, H, W]`, any floating dtype and strides; position `[N, D]` with
+        pixel_values `[B, C, H, W]`, any floating dtype and strides, or, where the backend reads_uint8, uint8, which
+        stand for their value − 128 (only then is scale other than 1, and bias float32); position `[N, D]` with
         N = (H // p)·(W // p). Returns `[B, N, D]` in the weights' dtype. Dosovitskiy et al. 2021, eq. 1.
         """
         D, K = patch.weight.shape
         p = patch.patch_size
         check_shape("pixel_values", pixel_values, (None, K // (p * p), None, None))
-        if not pixel_values.is_floating_point():
+        is_uint8 = self.reads_uint8 and pixel_values.dtype == torch.uint8
+        if not (is_uint8 or pixel_values.is_floating_point()):
             raise TypeError(f"pixel_values: expected a floating dtype, got {pixel_values.dtype}")
         tokens = (pixel_values.shape[2] // p) * (pixel_values.shape[3] // p)
         position = position.contiguous()
         check_shape("position", position, (tokens, D))
-        check_shape("bias", patch.bias, (D,))
-        _check_like("patch.weight", patch.weight, position=position, bias=patch.bias)
+        if is_uint8:
+            _check_float32("bias", patch.bias, (D,))
+            _check_like("patch.weight", patch.weight, position=position)
+        else:
+            check_shape("bias", patch.bias, (D,))
+            _check_like("patch.weight", patch.weight, position=position, bias=patch.bias)
         return self._module.patch_embed(pixel_values.resolve_neg(), patch, position)
 
     def layernorm_linear(

@@ -11,7 +11,7 @@ from .torch import pack_weight as pack_weight
 
 
 def patch_embed(pixel_values, patch, position):
-    return _patch_embed(pixel_values, patch.weight, patch.bias, position, patch.patch_size)
+    return _patch_embed(pixel_values, patch.weight, patch.bias, position, patch.patch_size, patch.scale)
 
 
 def layernorm_linear(hidden_states, moments, linear, gelu):
