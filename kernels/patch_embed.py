@@ -1,9 +1,10 @@
 """Patch embedding: a strided convolution as an implicit GEMM, plus bias, position embedding and row moments.
 
-    tokens[b, n] = W · patch(b, n) + bias + position[n]        n = row-major over the grid of whole patches
+    tokens[b, n] = scale · W · patch(b, n) + bias + position[n]        n = row-major over the grid of whole patches
 
 pixel_values [B, C, H, W] of any float dtype and any strides (cast to the weights' dtype in registers, as the stock
-model casts before its convolution); W [D, C·p·p] is the convolution's weight, flattened; bias [D]; position [N, D];
+model casts before its convolution), or uint8, which stand for their value − 128: exact in every dtype, and around zero.
+W [D, C·p·p] is the convolution's weight, flattened; scale a number; bias [D], of W's dtype or fp32; position [N, D];
 tokens [B, N, D]. Pixels beyond the last whole patch are dropped. moments fp32 [B·N, 2, ceil(D / 64)] of the tokens.
 """
 
@@ -23,6 +24,7 @@ def _patch_embed_kernel(
     position_ptr,
     out_ptr,
     moments_ptr,
+    scale,
     M,
     tokens,
     grid_w,
@@ -59,8 +61,10 @@ def _patch_embed_kernel(
         pixels = tl.load(pixels_ptr + patch[:, None] + inside[None, :], mask=(k < K)[None, :], other=0.0)
         # [BLOCK_K, BLOCK_N]
         w = tl.load(w_ptr + column[None, :] * K + k[:, None], mask=(k < K)[:, None], other=0.0)
+        if pixels.dtype == tl.uint8:
+            pixels = (pixels ^ 128).to(tl.int8, bitcast=True)  # value − 128 in one instruction
         acc = tl.dot(pixels.to(w.dtype), w, acc, input_precision=INPUT_PRECISION)
-    acc += tl.load(bias_ptr + columns, mask=columns < D, other=0.0).to(tl.float32)[None, :]
+    acc = acc * scale + tl.load(bias_ptr + columns, mask=columns < D, other=0.0).to(tl.float32)[None, :]
     mask = (rows[:, None] < M) & (columns[None, :] < D)
     position = tl.load(position_ptr + token[:, None] * D + columns[None, :], mask=mask, other=0.0)
     out = (acc + position.to(tl.float32)).to(out_ptr.dtype.element_ty)
@@ -79,6 +83,7 @@ def patch_embed(
     bias: torch.Tensor,
     position: torch.Tensor,
     patch_size: int,
+    scale: float = 1.0,
     config: dict[str, int] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`[B, C, H, W]` → `[B, N, D]` and its moments."""
@@ -97,6 +102,7 @@ def patch_embed(
             position,
             out,
             moments,
+            scale,
             B * N,
             N,
             width // patch_size,

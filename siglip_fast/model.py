@@ -1,6 +1,5 @@
 """The drop-in: `transformers.SiglipVisionModel` with a fused inference forward."""
 
-import functools
 import logging
 import math
 import os
@@ -17,11 +16,12 @@ from transformers.models.siglip.configuration_siglip import SiglipVisionConfig
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
-from . import selection
+from . import selection, traced
 from .backends.select import NAMES, backend_for
 from .forward import forward
 from .graphs import Graphs
 from .ops import DTYPES
+from .uint8 import Normalization, check_images, normalization
 from .weights import Derived
 
 if TYPE_CHECKING:  # tuning imports the kernels, and they Triton
@@ -40,8 +40,8 @@ class SiglipVisionModel(transformers.SiglipVisionModel):
         config: as for the stock class.
         backend: "auto", "triton", "cpu" or "torch" (`siglip_fast.backends`). Default: the environment variable
             SIGLIP_FAST_BACKEND, else "auto".
-        strict: raise RuntimeError with the reason instead of running the stock forward (not under torch.compile
-            and torch.export, where the stock forward is always the one that is traced).
+        strict: raise RuntimeError with the reason instead of running the stock forward (not under torch.export,
+            where the stock forward is always the one that is traced).
 
     Raises:
         ValueError: the backend's name is unknown.
@@ -56,6 +56,7 @@ class SiglipVisionModel(transformers.SiglipVisionModel):
         self._derived: Derived | None = None
         self._to_capture: tuple[tuple[int, ...], int] | None = None  # batch sizes, image size
         self._graphs: tuple[Derived, Graphs] | None = None  # made from those derived weights
+        self._handle = traced.Handle(self, SiglipVisionModel.forward)
 
     def forward(
         self,
@@ -73,23 +74,72 @@ class SiglipVisionModel(transformers.SiglipVisionModel):
                 fit and `interpolate_pos_encoding` was not asked for.
             RuntimeError: `strict` is set and the fused path does not apply, or the backend asked for cannot run here.
         """
-        if torch.compiler.is_compiling():  # the stock forward is traced, even if strict
+        compiling = torch.compiler.is_compiling()
+        if compiling and torch.compiler.is_exporting():  # an exported program should not need this package
             return super().forward(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs)
-        derived, reason = None, next(self._call_reasons(pixel_values, kwargs), None)
-        if reason is None:
-            derived = self._current()
-            reason = derived.reason(owner=self)
+        derived, reason = self._route(pixel_values, kwargs)
         if reason is _GRADIENTS:
-            self._derived = self._graphs = (
-                None  # the weights are about to change, perhaps in ways that torch does not count
-            )
+            # the weights are about to change, perhaps in ways that torch does not count
+            self._derived = self._graphs = None
         if reason is not None:
             if self.strict:
                 raise RuntimeError(f"the fused forward does not apply: {reason}")
             _log_once(reason)
             return super().forward(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs)
+        if compiling:
+            return self._output(*traced.forward(self, pixel_values, interpolate_pos_encoding), kwargs)
         with torch.no_grad():
-            last_hidden_state, pooler_output = self._fused(derived, pixel_values, interpolate_pos_encoding)
+            outputs = self._fused(derived, pixel_values, interpolate_pos_encoding)
+        return self._output(*outputs, kwargs)
+
+    def forward_uint8(
+        self,
+        images: Tensor,
+        image_mean: Sequence[float] = (0.5, 0.5, 0.5),
+        image_std: Sequence[float] = (0.5, 0.5, 0.5),
+        rescale_factor: float = 1 / 255,
+        interpolate_pos_encoding: bool = False,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPooling | tuple[Tensor, ...]:
+        """`model((images * rescale_factor - mean) / std)`, where Triton runs without making those pixels in memory.
+
+        images uint8 `[B, C, H, W]` of any strides, resized already; a batch with its channels last is passed as
+        `images.permute(0, 3, 1, 2)`. The other names are those of Hugging Face's image processors, the defaults
+        SigLIP's. Outputs and keyword arguments as `forward`.
+
+        Raises:
+            TypeError: images are no uint8 tensor.
+            ValueError: images have the wrong rank, channels or size; image_mean or image_std not one finite value a
+                channel; a zero in image_std or rescale_factor. And what `forward` raises.
+        """
+        channels = self.config.num_channels
+        check_images(images, channels)
+        normalize = normalization(image_mean, image_std, rescale_factor, channels)
+        # torch and oneDNN round their products to 16 bits before a bias could be added in float32; so these backends
+        # normalise first, as does whatever is not fused, hooks on this very model included.
+        hooked = self._forward_hooks or self._forward_pre_hooks or "forward" in vars(self)
+        if torch.compiler.is_compiling() or hooked:
+            return self(normalize(images), interpolate_pos_encoding, **kwargs)
+        derived, reason = self._route(images, kwargs)
+        if reason is not None or not derived.ops.reads_uint8:
+            return self(normalize(images), interpolate_pos_encoding, **kwargs)
+        with torch.no_grad():
+            outputs = self._fused(derived, images, interpolate_pos_encoding, normalize)
+        return self._output(*outputs, kwargs)
+
+    def _route(self, pixel_values: Tensor, kwargs: dict) -> tuple[Derived | None, str | None]:
+        """The derived weights to run on (None where torch.compile traces), or the reason for running stock's code."""
+        derived, reason = None, next(self._call_reasons(pixel_values, kwargs), None)
+        if reason is None and torch.compiler.is_compiling():
+            reason = traced.tower_reason(self._handle.tensor)
+        elif reason is None:
+            derived = self._current()
+            reason = derived.reason(owner=self)
+        return derived, reason
+
+    def _output(
+        self, last_hidden_state: Tensor, pooler_output: Tensor | None, kwargs: dict
+    ) -> BaseModelOutputWithPooling | tuple[Tensor, ...]:
         output = BaseModelOutputWithPooling(last_hidden_state=last_hidden_state, pooler_output=pooler_output)
         return_dict = kwargs.get("return_dict", getattr(self.config, "return_dict", True))
         return output.to_tuple() if return_dict is False else output
@@ -98,7 +148,7 @@ class SiglipVisionModel(transformers.SiglipVisionModel):
         """Record CUDA graphs of the fused forward, which later calls replay: no launch costs, the same results.
 
         A batch runs on the graph of the smallest captured size that holds it and is less than twice as large; other
-        batches, and images of another size, are launched kernel by kernel as before. The graphs are recorded again
+        batches, images of another size and `forward_uint8` are launched kernel by kernel as before. The graphs are recorded again
         when weights were edited, dropped for training, and released, for good, when the model is moved or cast
         (`.to()`), copied or pickled, or by `capture([])`. Inside a CUDA graph that somebody else captures the kernels
         are launched into that one.
@@ -161,7 +211,7 @@ class SiglipVisionModel(transformers.SiglipVisionModel):
         """Every reason, joined by "; ", for which `forward(...)` would run the stock code here and now, or None.
 
         It reads the weights as the fused forward would, so the first call takes that forward's time to derive them.
-        Under torch.compile and torch.export the stock code is traced in any case.
+        Under torch.export the stock code is traced in any case.
         """
         reasons = [*self._call_reasons(pixel_values, kwargs)]
         if _NOT_DERIVED not in reasons:
@@ -200,10 +250,18 @@ class SiglipVisionModel(transformers.SiglipVisionModel):
         return derived
 
     def _fused(
-        self, derived: Derived, pixel_values: Tensor, interpolate: bool
+        self,
+        derived: Derived,
+        pixel_values: Tensor,
+        interpolate: bool,
+        normalize: Normalization | None = None,
     ) -> tuple[Tensor, Tensor | None]:
+        """The outputs, on the operations; pixel_values are uint8 where they have yet to be normalised."""
         if derived.is_new:
             self._first_contact(derived, pixel_values)
+        if normalize:
+            position = self._position(pixel_values, interpolate)
+            return forward(derived.ops, derived.for_uint8(normalize), pixel_values, position)
         graphs = self._current_graphs(derived)
         if graphs and (interpolate or not self._must_interpolate(self._to_capture[1])):
             if size := graphs.batch_size_for(pixel_values):
@@ -266,14 +324,15 @@ class SiglipVisionModel(transformers.SiglipVisionModel):
             yield "this is a replica of torch.nn.DataParallel"
         if type(pixel_values) not in (Tensor, nn.Parameter, nn.Buffer):
             yield f"pixel_values are a {type(pixel_values).__name__}, not a plain tensor"
-        elif pixel_values.ndim > 0 and len(pixel_values) == 0:
+        elif pixel_values.ndim > 0 and pixel_values.shape[0] == 0:
             yield "the batch is empty"
-        yield from _mode_reasons(pixel_values.device)
+        if reason := _mode_reason(pixel_values.device):
+            yield reason
         yield from self._request_reasons(kwargs)
         weight = self._patch_weight()
         if weight is not None and pixel_values.device != weight.device:
             yield f"pixel_values are on {pixel_values.device}, the parameters on {weight.device}"
-        elif reason := backend_for(self.backend, pixel_values.device)[1]:
+        elif reason := _backend_reason(self.backend, pixel_values.device):
             yield reason
         elif _is_capturing(pixel_values) and not self._is_derived():
             yield _NOT_DERIVED
@@ -336,7 +395,12 @@ class SiglipVisionModel(transformers.SiglipVisionModel):
         return super()._apply(fn, *args, **kwargs)
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | dict.fromkeys(("_derived", "_graphs", "_to_capture"))  # copies make their own
+        # copies and pickles make their own
+        return self.__dict__ | dict.fromkeys(("_derived", "_graphs", "_to_capture", "_handle"))
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self._handle = traced.Handle(self, SiglipVisionModel.forward)
 
 
 _GRADIENTS = "gradients are needed (use torch.no_grad or torch.inference_mode for inference)"
@@ -346,23 +410,38 @@ _OWN_KWARGS = ("return_dict", "output_attentions", "output_hidden_states")
 _EXACT_ATTENTION = ("sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4")
 
 
-def _mode_reasons(device: torch.device) -> Iterator[str]:
+# These three ask what torch.compile cannot trace. It calls them as it traces, and what they answer is part of the graph.
+@torch.compiler.assume_constant_result
+def _mode_reason(device: torch.device) -> str | None:
     if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
-        yield "a torch.func transform or forward-mode differentiation is active"
+        return "a torch.func transform or forward-mode differentiation is active"
     if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
-        yield "autocast is active"
+        return "autocast is active"
     if torch.jit.is_tracing() or torch.utils._python_dispatch._get_current_dispatch_mode() is not None:
-        yield "the operations are traced or intercepted (torch.jit.trace, make_fx, a TorchDispatchMode)"
+        return "the operations are traced or intercepted (torch.jit.trace, make_fx, a TorchDispatchMode)"
+    return None
+
+
+@torch.compiler.assume_constant_result
+def _backend_reason(backend: str, device: torch.device) -> str | None:
+    return backend_for(backend, device)[1]
+
+
+@torch.compiler.assume_constant_result
+def _log_once(reason: str) -> None:
+    if reason not in _logged:
+        _logged.add(reason)
+        logger.warning("running the stock SiglipVisionModel forward: %s", reason)
+
+
+_logged: set[str] = set()
 
 
 def _is_capturing(tensor: Tensor) -> bool:
-    return tensor.is_cuda and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+    if torch.compiler.is_compiling() or not (tensor.is_cuda and torch.cuda.is_initialized()):
+        return False
+    return torch.cuda.is_current_stream_capturing()
 
 
 def _is_transformers_own(attention: Callable | None) -> bool:
     return getattr(attention, "__module__", "").startswith("transformers.integrations.")
-
-
-@functools.cache
-def _log_once(reason: str) -> None:
-    logger.warning("running the stock SiglipVisionModel forward: %s", reason)

@@ -21,11 +21,13 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 class PatchEmbedding(NamedTuple):
-    """`weight [D, C·p·p]` (a Conv2d's, flattened), `bias [D]`."""
+    """`weight [D, C·p·p]` (a Conv2d's, flattened), `bias [D]`; for uint8 pixels the bias is float32 and the products
+    are multiplied by `scale` (`siglip_fast.uint8`)."""
 
     weight: Tensor
     bias: Tensor
     patch_size: int
+    scale: float = 1.0
 
 
 class Linear(NamedTuple):
@@ -67,6 +69,7 @@ class Ops:
         self.backend = backend
         self._module = load(backend)
         self._carries_moments = backend == "triton"
+        self.reads_uint8 = backend == "triton"
 
     def pack_weight(self, weight: Tensor) -> Tensor:
         """`weight [out, in]`, contiguous, as the backend's linear operations read it best: maybe an opaque tensor of
@@ -76,21 +79,27 @@ class Ops:
     def patch_embed(
         self, pixel_values: Tensor, patch: PatchEmbedding, position: Tensor
     ) -> tuple[Tensor, Tensor | None]:
-        """Tokens of whole patches, row-major: `W·patch + bias + position`, and their moments.
+        """Tokens of whole patches, row-major: `scale·W·patch + bias + position`, and their moments.
 
-        pixel_values `[B, C, H, W]`, any floating dtype and strides; position `[N, D]` with
+        pixel_values `[B, C, H, W]`, any floating dtype and strides, or, where the backend reads_uint8, uint8, which
+        stand for their value − 128 (only then is scale other than 1, and bias float32); position `[N, D]` with
         N = (H // p)·(W // p). Returns `[B, N, D]` in the weights' dtype. Dosovitskiy et al. 2021, eq. 1.
         """
         D, K = patch.weight.shape
         p = patch.patch_size
-        _check_shape("pixel_values", pixel_values, (None, K // (p * p), None, None))
-        if not pixel_values.is_floating_point():
+        check_shape("pixel_values", pixel_values, (None, K // (p * p), None, None))
+        is_uint8 = self.reads_uint8 and pixel_values.dtype == torch.uint8
+        if not (is_uint8 or pixel_values.is_floating_point()):
             raise TypeError(f"pixel_values: expected a floating dtype, got {pixel_values.dtype}")
         tokens = (pixel_values.shape[2] // p) * (pixel_values.shape[3] // p)
         position = position.contiguous()
-        _check_shape("position", position, (tokens, D))
-        _check_shape("bias", patch.bias, (D,))
-        _check_like("patch.weight", patch.weight, position=position, bias=patch.bias)
+        check_shape("position", position, (tokens, D))
+        if is_uint8:
+            _check_float32("bias", patch.bias, (D,))
+            _check_like("patch.weight", patch.weight, position=position)
+        else:
+            check_shape("bias", patch.bias, (D,))
+            _check_like("patch.weight", patch.weight, position=position, bias=patch.bias)
         return self._module.patch_embed(pixel_values.resolve_neg(), patch, position)
 
     def layernorm_linear(
@@ -100,7 +109,7 @@ class Ops:
 
         Ba, Kiros & Hinton 2016 (LayerNorm); Hendrycks & Gimpel 2016 (GELU, tanh form).
         """
-        _check_shape("hidden_states", hidden_states, (..., linear.weight.shape[1]))
+        check_shape("hidden_states", hidden_states, (..., linear.weight.shape[1]))
         _check_like("hidden_states", hidden_states, weight=linear.weight)
         for name in ("colsum", "bias"):
             _check_float32(name, getattr(linear, name), (linear.weight.shape[0],))
@@ -109,7 +118,7 @@ class Ops:
 
     def attention(self, qkv: Tensor) -> Tensor:
         """`softmax(q kᵀ / √d) v` per head: `[B, N, 3, H, d]` → `[B, N, H, d]`. Vaswani et al. 2017, eq. 1."""
-        _check_shape("qkv", qkv, (None, None, 3, None, None))
+        check_shape("qkv", qkv, (None, None, 3, None, None))
         _check_like("qkv", qkv)
         return self._module.attention(qkv.contiguous())
 
@@ -117,19 +126,19 @@ class Ops:
         self, x: Tensor, linear: Linear, residual: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         """`x·Wᵀ + b + residual` and the moments of the result: `[..., in]`, `[..., out]` → `[..., out]`."""
-        _check_shape("x", x, (..., linear.weight.shape[1]))
-        _check_shape("bias", linear.bias, (linear.weight.shape[0],))
+        check_shape("x", x, (..., linear.weight.shape[1]))
+        check_shape("bias", linear.bias, (linear.weight.shape[0],))
         _check_like("x", x, weight=linear.weight, bias=linear.bias)
         if residual is not None:
             residual = residual.contiguous()
-            _check_shape("residual", residual, (*x.shape[:-1], linear.weight.shape[0]))
+            check_shape("residual", residual, (*x.shape[:-1], linear.weight.shape[0]))
             _check_like("x", x, residual=residual)
         return self._module.linear_residual(x.contiguous(), linear, residual)
 
     def layernorm(self, hidden_states: Tensor, moments: Tensor | None, norm: Norm) -> Tensor:
         """`(x − mean) / √(variance + eps) · γ + β`: `[..., D]` → `[..., D]`. Ba, Kiros & Hinton 2016."""
-        _check_shape("hidden_states", hidden_states, (..., norm.weight.shape[0]))
-        _check_shape("bias", norm.bias, (norm.weight.shape[0],))
+        check_shape("hidden_states", hidden_states, (..., norm.weight.shape[0]))
+        check_shape("bias", norm.bias, (norm.weight.shape[0],))
         _check_like("hidden_states", hidden_states, weight=norm.weight, bias=norm.bias)
         self._check_moments(moments, hidden_states)
         return self._module.layernorm(hidden_states.contiguous(), moments, norm)
@@ -141,9 +150,9 @@ class Ops:
         with the constant query multiplied into the key projection.
         """
         D = pool.value.weight.shape[1]
-        _check_shape("hidden_states", hidden_states, (None, None, D))
+        check_shape("hidden_states", hidden_states, (None, None, D))
         _check_float32("pool.scores", pool.scores, (None, D))
-        _check_shape("value.bias", pool.value.bias, (D,))
+        check_shape("value.bias", pool.value.bias, (D,))
         _check_like("hidden_states", hidden_states, weight=pool.value.weight, bias=pool.value.bias)
         return self._module.attention_pool(hidden_states.contiguous(), pool)
 
@@ -155,7 +164,7 @@ class Ops:
             _check_float32("moments", moments, (hidden_states.numel() // D, 2, -(-D // 64)))
 
 
-def _check_shape(name: str, tensor: Tensor, expected: tuple) -> None:
+def check_shape(name: str, tensor: Tensor, expected: tuple) -> None:
     """`expected` holds sizes, None for any size, and possibly a leading `...` for any dimensions."""
     shape, sizes = tuple(tensor.shape), expected
     if sizes[0] is ...:
@@ -167,7 +176,7 @@ def _check_shape(name: str, tensor: Tensor, expected: tuple) -> None:
 
 
 def _check_float32(name: str, tensor: Tensor, shape: tuple) -> None:
-    _check_shape(name, tensor, shape)
+    check_shape(name, tensor, shape)
     if tensor.dtype != torch.float32 or not tensor.is_contiguous():
         raise TypeError(f"{name}: expected contiguous float32, got {tensor.dtype}, strides {tensor.stride()}")
 

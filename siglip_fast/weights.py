@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from .ops import Linear, Norm, NormedLinear, Ops, PatchEmbedding, Pool
 from .source import Source, Unsupported
+from .uint8 import Normalization
 
 
 class LayerWeights(NamedTuple):
@@ -44,6 +45,7 @@ class Derived:
         self.source = Source(tower)
         self.ops = Ops(backend)
         self.weights: TowerWeights | None = None
+        self._uint8: dict[Normalization, TowerWeights] = {}
         self._reason: str | None = None
         self.is_new = True  # no forward has run on them
 
@@ -59,10 +61,21 @@ class Derived:
                 self._reason = str(unsupported)
         return self._reason
 
+    def for_uint8(self, normalization: Normalization) -> TowerWeights:
+        """The weights, the patch embedding among them taking uint8 images that `normalization` is to be applied to."""
+        if normalization not in self._uint8:
+            with torch.inference_mode(False), torch.no_grad():
+                self._uint8[normalization] = self.weights._replace(
+                    patch=normalization.fold(self.weights.patch)
+                )
+            _finish(self.weights)
+        return self._uint8[normalization]
+
     def memory(self) -> int:
         """Bytes of the derived weights that are not the parameters' own memory."""
         own = {p.untyped_storage().data_ptr() for p in self.source.tower.parameters()}
-        tensors = [leaf for leaf in tree_leaves(self.weights) if isinstance(leaf, Tensor)]
+        leaves = tree_leaves([self.weights, *self._uint8.values()])
+        tensors = {id(leaf): leaf for leaf in leaves if isinstance(leaf, Tensor)}.values()
         copies = [t for t in tensors if t.is_mkldnn or t.untyped_storage().data_ptr() not in own]
         return sum(t.numel() * t.element_size() for t in copies)
 
@@ -71,10 +84,14 @@ class Derived:
         with torch.inference_mode(False), torch.no_grad():
             self.source.check()
             weights = _tower_weights(self.source.tower, self.ops.pack_weight)
-        if weights.patch.weight.is_cuda and torch.cuda.is_initialized():
-            # The next forward may come on another stream, which would not wait for this one.
-            torch.cuda.current_stream(weights.patch.weight.device).synchronize()
+        _finish(weights)
         self.weights = weights
+
+
+def _finish(weights: TowerWeights) -> None:
+    if weights.patch.weight.is_cuda and torch.cuda.is_initialized():
+        # The next forward may come on another stream, which would not wait for this one.
+        torch.cuda.current_stream(weights.patch.weight.device).synchronize()
 
 
 Pack = Callable[[Tensor], Tensor]  # Ops.pack_weight

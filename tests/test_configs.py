@@ -89,7 +89,7 @@ def test_patch_embed(M, dtype, backend, device):
     bias, position = torch.randn(D).to(device, dtype), reference.outliers(M, D).to(device, dtype)
     expected = reference.patch_embed(pixels, weight.view(D, 3, p, p), bias, position)
     same_dtype = F.linear(plain.flat_patches(pixels, p), weight, bias) + position
-    check(configs, lambda c: patch_embed(pixels, weight, bias, position, p, c), expected, same_dtype)
+    check(configs, lambda c: patch_embed(pixels, weight, bias, position, p, config=c), expected, same_dtype)
 
 
 def test_layernorm(dtype, backend, device):

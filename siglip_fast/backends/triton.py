@@ -19,11 +19,10 @@ from .torch import pack_weight
 
 
 def patch_embed(choice, pixel_values, patch, position):
-    if choice.route != "triton":
+    if choice.route != "triton" and pixel_values.dtype != torch.uint8:  # bytes only our kernel reads
         return vendor.patch_embed(pixel_values, patch, position)
-    return _patch_embed(
-        pixel_values, patch.weight, patch.bias, position, patch.patch_size, config=choice.config
-    )
+    weight, bias, patch_size, scale = patch
+    return _patch_embed(pixel_values, weight, bias, position, patch_size, scale, choice.config)
 
 
 def layernorm_linear(choice, hidden_states, moments, linear, gelu):

@@ -1,0 +1,69 @@
+"""Images as bytes: the image processor's rescaling and normalisation, as it is and folded into the patch embedding."""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .ops import PatchEmbedding, check_shape
+
+
+class Normalization(NamedTuple):
+    """`(images · rescale_factor − mean[c]) / std[c]`, by the names of Hugging Face's image processors."""
+
+    image_mean: tuple[float, ...]
+    image_std: tuple[float, ...]
+    rescale_factor: float
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """uint8 `[B, C, H, W]` → float32, contiguous."""
+        mean, std = (images.new_tensor(v, dtype=torch.float32)[:, None, None] for v in self[:2])
+        return ((images.float() * self.rescale_factor - mean) / std).contiguous()
+
+    def fold(self, patch: PatchEmbedding) -> PatchEmbedding:
+        """The patch embedding that takes uint8 images to the tokens of the normalised ones.
+
+        Bytes stand for u − 128, so channel c's normalised value is s·(u − 128) + t with s = rescale_factor / std[c] and
+        t = 128·s − mean[c] / std[c]. The largest s scales the products, since fp16 weights multiplied by it would be
+        subnormal. Weights are multiplied by the rest, s / scale ≤ 1: by exactly 1 where all std are equal, as SigLIP's.
+        """
+        D, C = len(patch.weight), len(self.image_std)
+        s = [self.rescale_factor / std for std in self.image_std]
+        t = [128 * s - mean / std for s, mean, std in zip(s, self.image_mean, self.image_std, strict=True)]
+        scale = max(s, key=abs)
+        ratio = torch.tensor([s / scale for s in s], device=patch.weight.device, dtype=torch.float64)
+        weight = patch.weight.unflatten(1, (C, -1))
+        if not (ratio == 1).all():
+            weight = (weight * ratio[:, None]).to(weight.dtype)
+        # Summed from the rounded weights: rounding then changes what a normalised value is multiplied by, nothing else.
+        shift = (weight.double().sum(2) / ratio * ratio.new_tensor(t)).sum(1)
+        bias = (patch.bias.double() + shift).float()
+        return PatchEmbedding(weight.reshape(D, -1), bias, patch.patch_size, scale)
+
+
+def normalization(
+    image_mean: Sequence[float], image_std: Sequence[float], rescale_factor: float, channels: int
+) -> Normalization:
+    """Checked; raises ValueError where a length is not `channels`, or a value not finite, or a divisor zero."""
+    for name, values in (("image_mean", image_mean), ("image_std", image_std)):
+        if len(values) != channels:
+            raise ValueError(f"{name}: expected {channels} values, one a channel, got {list(values)}")
+    made = Normalization(tuple(map(float, image_mean)), tuple(map(float, image_std)), float(rescale_factor))
+    if not all(map(math.isfinite, (*made.image_mean, *made.image_std, made.rescale_factor))):
+        raise ValueError(f"image_mean, image_std, rescale_factor: expected finite numbers, got {made[:]}")
+    if not all(made.image_std):
+        raise ValueError(f"image_std: expected no zero, got {list(image_std)}")
+    if not made.rescale_factor:
+        raise ValueError("rescale_factor: expected not zero")
+    return made
+
+
+def check_images(images: Tensor, channels: int) -> None:
+    """Raises TypeError unless images are a uint8 tensor, ValueError unless of shape `[B, channels, H, W]`."""
+    if not isinstance(images, Tensor):
+        raise TypeError(f"images: expected a torch.Tensor, got {type(images).__name__}")
+    if images.dtype != torch.uint8:
+        raise TypeError(f"images: expected torch.uint8, got {images.dtype}, shape {list(images.shape)}")
+    check_shape("images", images, (None, channels, None, None))
