@@ -161,6 +161,7 @@ def compare(
         "tflop": significant(flops / 1e12),
         "matmul_peak_tflops": significant(peak),
         "clocks": {"before": before, "after": after},
+        "entered": list(makers),
         "candidates": measured,
         "missing": entrants.missing,
     }
