@@ -29,8 +29,10 @@ def makers(case: cases.Case, config, dtype, pixels) -> dict:
             raise peers.Missing(reason)
         start, run = time.perf_counter(), peer(config, dtype, pixels)
         if name.startswith("torch.compile"):
-            run()
-            compile_seconds += time.perf_counter() - start
+            try:
+                run()
+            finally:
+                compile_seconds += time.perf_counter() - start
         return run
 
     return {
