@@ -21,14 +21,9 @@ class Inputs:
 
     def __init__(self, case: Case, ops: Ops):
         c = config_for(case.variant)
-        self.B, self.N = case.batch_size, (c.image_size // c.patch_size) ** 2
-        self.D, self.F, self.H, self.p = (
-            c.hidden_size,
-            c.intermediate_size,
-            c.num_attention_heads,
-            c.patch_size,
-        )
-        self.config, self.ops = c, ops
+        self.config, self.ops, self.B = c, ops, case.batch_size
+        self.N, self.p = (c.image_size // c.patch_size) ** 2, c.patch_size
+        self.D, self.F, self.H = c.hidden_size, c.intermediate_size, c.num_attention_heads
         self._make = {"device": DEVICE, "dtype": getattr(torch, case.dtype)}
         torch.manual_seed(0)
 

@@ -7,6 +7,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
+from matplotlib.ticker import LogFormatter  # noqa: E402
 from results import entered, grouped, ratio, union  # noqa: E402
 
 _OURS, _PEER = "tab:orange", "tab:gray"
@@ -62,6 +63,8 @@ def _speeds(results: list[dict]) -> plt.Figure:
             axis.plot(at, speeds, label=name, marker="o", lw=width, color=color)
         axis.set_xticks(range(len(group)), [str(r["batch_size"]) for r in group])
         axis.set(title=f"{model}, {dtype}", xlabel="batch size", ylabel="images/s", yscale="log")
+        for which in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+            which(LogFormatter())  # 600, not 6·10²
         axis.margins(x=0.1, y=0.1)
         axis.grid(alpha=0.3, which="both")
     for axis in list(axes.flat)[len(groups) :]:
@@ -91,7 +94,9 @@ def _kernels(results: list[dict]) -> plt.Figure:
         values = dict.fromkeys(names, math.nan)
         for r in group:
             routes = [f["milliseconds"] for name, f in r["candidates"].items() if name != "siglip_fast"]
-            values[r["operation"]] = min(routes) / r["candidates"]["siglip_fast"]["milliseconds"]
+            values[r["operation"]] = (
+                min(routes, default=math.nan) / r["candidates"]["siglip_fast"]["milliseconds"]
+            )
         _bars(axis, names, list(values.values()), [_PEER if v < 1 else _OURS for v in values.values()])
     figure.supxlabel("how many times our time torch's fastest route takes (grey: torch is faster)")
     return figure

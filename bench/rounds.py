@@ -31,9 +31,8 @@ class Field:
     runs: dict[str, Callable[[], Tensor]] = field(default_factory=dict)
     errors: dict[str, float] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
-    broken: dict[str, str] = field(
-        default_factory=dict
-    )  # those of the missing that should have worked, and are ours
+    # those of the missing that are ours and should have worked
+    broken: dict[str, str] = field(default_factory=dict)
 
     def drop(self, name: str, reason: str, broken: bool) -> None:
         self.runs.pop(name, None)
@@ -71,15 +70,15 @@ class Dropping:
         if issubclass(kind, torch.OutOfMemoryError):
             reason, broken = "out of memory", False
         elif issubclass(kind, (Missing, ImportError)):
-            reason, broken = first_line(error), False
+            reason, broken = publishable(error), False
         else:
-            reason, broken = f"{kind.__name__}: {first_line(error)}", True
+            reason, broken = f"{kind.__name__}: {publishable(error)}", True
         error.__traceback__ = None  # its frames hold the candidate's memory
         self.entrants.drop(self.name, reason, broken)
         return True
 
 
-def first_line(error: BaseException) -> str:
+def publishable(error: BaseException) -> str:
     """Short, and without folders: it ends up in a report that people publish."""
     line = (str(error).strip() or type(error).__name__).splitlines()[0]
     return re.sub(r"(?<!\w)/(?:[^\s/'\"]+/)+", "", line)[:150]
@@ -143,6 +142,8 @@ def compare(
     after = environment.clocks()
     if not seconds and not entrants.broken:
         pytest.skip(f"{OURS}: {entrants.missing[OURS]}")
+    entrants.runs.clear()
+    free_memory()  # the matmul needs some
     peak = matmul_peak(dtype, environment.DEVICE) / 1e3
     measured = {}
     for name, value in seconds.items():

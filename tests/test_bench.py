@@ -6,8 +6,10 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import cases
+import environment
 import peers
 import pytest
 import rounds
@@ -127,6 +129,27 @@ class TestField:
         assert field.missing["large"] == "out of memory"
         assert field.missing["wrong"].endswith("wrong by 1.0e+00, allowed 5e-01")
         assert "wrong by nan" in field.missing["not a number"]
+
+
+class TestClocks:
+    @pytest.mark.parametrize(
+        "printed, expected",
+        [
+            ("1980, 2619, 345.67, 40", {"sm_mhz": 1980, "memory_mhz": 2619, "watts": 345.67, "celsius": 40}),
+            ("1980, 2619, [N/A], 40", None),
+            (None, None),
+        ],
+        ids=["all", "not-all", "no-nvidia-smi"],
+    )
+    def test_read(self, printed, expected, tmp_path, monkeypatch):
+        if printed:
+            program = tmp_path / "nvidia-smi"
+            program.write_text(f"#!/bin/sh\n[ $1 = -i ] && [ $2 = GPU-some-id ] && echo '{printed}'\n")
+            program.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin" if printed else str(tmp_path))
+        monkeypatch.setattr(environment, "DEVICE", "cuda")
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(uuid="some-id"))
+        assert environment.clocks() == expected
 
 
 class TestRunGpu:
