@@ -1,8 +1,11 @@
-"""What a forward has to multiply, and how fast oneDNN multiplies here: the limit that CPU forwards are held against."""
+"""What a forward has to multiply, and how fast the vendor's library multiplies here: the limit of every forward."""
 
+import statistics
 import time
 
 import torch
+
+from siglip_fast.ops import Linear, Ops
 
 
 def flops(config, batch_size: int) -> dict[str, int]:
@@ -19,13 +22,33 @@ def flops(config, batch_size: int) -> dict[str, int]:
     }
 
 
-def matmul_peak(dtype) -> float:
-    """GFLOP/s of oneDNN's best plain GEMM here and now: the limit that the forward is held against."""
+def matmul_peak(dtype: torch.dtype, device: str = "cpu") -> float:
+    """GFLOP/s of the best plain GEMM here and now, on random data: the limit that forwards are held against."""
+    return _cuda_peak(dtype) if device == "cuda" else _cpu_peak(dtype)
+
+
+def _cpu_peak(dtype: torch.dtype) -> float:
+    """Of oneDNN on packed weights, or of plain torch where oneDNN has no such GEMM for this CPU."""
+    ops = Ops("cpu")
     x, w = torch.randn(1024, 3072).to(dtype), torch.randn(3072, 3072).to(dtype)
-    packed = torch.ops.mkldnn._reorder_linear_weight(w)
+    linear = Linear(ops.pack_weight(w), torch.zeros(3072, dtype=dtype))
     times = []
     for _ in range(10):
         start = time.perf_counter()
-        torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
+        ops.linear_residual(x, linear, None)
         times.append(time.perf_counter() - start)
     return 2 * 1024 * 3072 * 3072 / min(times) / 1e9
+
+
+def _cuda_peak(dtype: torch.dtype, n: int = 8192) -> float:
+    """Of cuBLAS; the median, because a GPU's clock falls while it is at work, as it does in a forward."""
+    x, w = (torch.randn(n, n, device="cuda", dtype=dtype) for _ in range(2))
+    times = []
+    for _ in range(23):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        x @ w
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / 1e3)
+    return 2 * n**3 / statistics.median(times[3:]) / 1e9

@@ -1,13 +1,18 @@
-"""The peers of the CPU benchmark: each a callable that runs one forward and returns `pooler_output`, in one dtype.
+"""The peers of the model benchmark: each a callable that runs one forward and returns `pooler_output`.
 
-All have the same weights, drawn from one seed. torch.compile, onnxruntime and OpenVINO fold what they
-can (freezing), as siglip_fast does.
+A peer is made from a config, a dtype and pixels, whose device it takes. All have the same weights, drawn from one
+seed. What cannot be made raises `Missing` or ImportError; the benchmark then names it as missing, with the reason.
 """
 
+import contextlib
 import copy
+import functools
+import importlib.util
 import os
 import tempfile
 from collections.abc import Callable
+from pathlib import Path
+from unittest import mock
 
 import torch
 import transformers
@@ -18,14 +23,15 @@ from siglip_fast import SiglipVisionModel
 Forward = Callable[[], Tensor]
 
 
-class NoSuchKernels(Exception):
-    """The peer cannot compute in this dtype."""
+class Missing(Exception):
+    """Why the peer cannot be had here."""
 
 
-def stock(config, attention: str, dtype: torch.dtype) -> nn.Module:
+def stock(config, attention: str, dtype: torch.dtype, device: torch.device | None = None) -> nn.Module:
     torch.manual_seed(0)
     make = transformers.SiglipVisionModel._from_config
-    return make(copy.deepcopy(config), attn_implementation=attention).to(dtype).eval()
+    with device or contextlib.nullcontext():  # drawn there: on a CPU it takes seconds a peer
+        return make(copy.deepcopy(config), attn_implementation=attention).to(dtype).eval()
 
 
 def make_contiguous(model: nn.Module) -> nn.Module:
@@ -35,28 +41,37 @@ def make_contiguous(model: nn.Module) -> nn.Module:
     return model
 
 
-def _torch(model: nn.Module, pixels: Tensor) -> Forward:
+def _pooled(model: nn.Module, pixels: Tensor) -> Forward:
     return lambda: model(pixels).pooler_output
 
 
-def eager(config, dtype, pixels):
-    return _torch(stock(config, "eager", dtype), pixels)
-
-
-def sdpa(config, dtype, pixels):
-    return _torch(stock(config, "sdpa", dtype), pixels)
+def stock_peer(config, dtype, pixels, attention):
+    return _pooled(stock(config, attention, dtype, pixels.device), pixels)
 
 
 def sdpa_contiguous(config, dtype, pixels):
-    return _torch(make_contiguous(stock(config, "sdpa", dtype)), pixels)
+    return _pooled(make_contiguous(stock(config, "sdpa", dtype, pixels.device)), pixels)
 
 
-def compiled(config, dtype, pixels):
-    """torch.compile with freezing."""
-    model = torch.compile(stock(config, "sdpa", dtype))
+def flash_attention_2(config, dtype, pixels):
+    if not importlib.util.find_spec(
+        "flash_attn"
+    ):  # before transformers looks for a kernel on the Hub instead
+        raise Missing("flash_attn is not installed")
+    return stock_peer(config, dtype, pixels, "flash_attention_2")
+
+
+def compiled(config, dtype, pixels, mode):
+    # Not dynamic: a second batch size of the same code would otherwise be compiled for every size.
+    model = torch.compile(stock(config, "sdpa", dtype, pixels.device), mode=mode, dynamic=False)
+    return _pooled(model, pixels)
+
+
+def compiled_freezing(config, dtype, pixels):
+    run = compiled(config, dtype, pixels, "default")
     with torch._inductor.config.patch(freezing=True):
-        model(pixels)
-    return _torch(model, pixels)
+        run()
+    return run
 
 
 class _Pooled(nn.Module):
@@ -72,7 +87,7 @@ def onnxruntime(config, dtype, pixels):
     import onnxruntime as ort
 
     if dtype != torch.float32:
-        raise NoSuchKernels("no bf16 kernels")
+        raise Missing("no bf16 kernels")
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "model.onnx")
         torch.onnx.export(_Pooled(stock(config, "sdpa", dtype)), (pixels,), path, dynamo=True, verbose=False)
@@ -99,17 +114,122 @@ def openvino(config, dtype, pixels):
     return lambda: torch.from_numpy(request.infer([array])[0])
 
 
-def siglip_fast(config, dtype, pixels):
-    model = SiglipVisionModel(copy.deepcopy(config), strict=True)
-    model.load_state_dict(stock(config, "sdpa", torch.float32).state_dict())
-    return _torch(model.to(dtype).eval(), pixels)
+def timm(config, dtype, pixels):
+    """timm's SigLIP is its VisionTransformer with these arguments (`vit_base_patch16_siglip_224` and the like)."""
+    if not importlib.util.find_spec("timm"):
+        raise Missing("timm is not installed")
+    from timm.models.vision_transformer import VisionTransformer
+
+    with pixels.device:
+        model = VisionTransformer(
+            img_size=config.image_size,
+            patch_size=config.patch_size,
+            embed_dim=config.hidden_size,
+            depth=config.num_hidden_layers,
+            num_heads=config.num_attention_heads,
+            mlp_ratio=(config.intermediate_size + 0.5) / config.hidden_size,  # timm rounds the product down
+            class_token=False,
+            global_pool="map",
+            num_classes=0,
+            act_layer="gelu_tanh",
+        )
+    model.load_state_dict(timm_state(stock(config, "sdpa", torch.float32, pixels.device).state_dict()))
+    model = model.to(dtype).eval()
+    return lambda: model(pixels)
 
 
-PEERS = {
-    "stock eager": eager,
-    "stock sdpa": sdpa,
+_TIMM_NAMES = (
+    ("vision_model.", ""),  # nested until transformers 5.6
+    ("embeddings.patch_embedding.", "patch_embed.proj."),
+    ("embeddings.position_embedding.weight", "pos_embed"),
+    ("post_layernorm.", "norm."),
+    ("head.probe", "attn_pool.latent"),
+    ("head.attention.out_proj.", "attn_pool.proj."),
+    ("head.layernorm.", "attn_pool.norm."),
+    ("head.mlp.", "attn_pool.mlp."),
+    ("encoder.layers.", "blocks."),
+    ("layer_norm", "norm"),
+    ("self_attn.out_proj.", "attn.proj."),
+)
+
+
+def timm_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """transformers' state dict under timm's names: Q, K and V in one matrix, those of the pooling head in two."""
+    state, renamed = dict(state), {}
+    for kind in ("weight", "bias"):
+        for q_name in [name for name in state if name.endswith(f"q_proj.{kind}")]:
+            parts = [state.pop(q_name.replace("q_proj", f"{part}_proj")) for part in "qkv"]
+            state[q_name.replace("self_attn.q_proj", "attn.qkv")] = torch.cat(parts)
+        for packed in [name for name in state if name.endswith(f"in_proj_{kind}")]:
+            query, key, value = state.pop(packed).chunk(3)
+            renamed |= {f"attn_pool.q.{kind}": query, f"attn_pool.kv.{kind}": torch.cat([key, value])}
+    for name, tensor in state.items():
+        for old, new in _TIMM_NAMES:
+            name = name.replace(old, new)
+        renamed[name] = tensor[None] if name == "pos_embed" else tensor
+    return renamed
+
+
+def siglip_fast(config, dtype, pixels, tuned=False, graph=False):
+    """Ours. Which configurations it runs is settled when it derives its weights, at the first forward or capture."""
+    if tuned and not has_tuned(pixels.device):
+        raise Missing("nothing is tuned for this device (siglip-fast tune)")
+    with pixels.device:
+        model = SiglipVisionModel(copy.deepcopy(config), strict=True)
+    model.load_state_dict(stock(config, "sdpa", torch.float32, pixels.device).state_dict())
+    model = model.to(dtype).eval()
+    with mock.patch.dict(os.environ):
+        os.environ.pop("SIGLIP_FAST_TUNE", None)
+        if not tuned:
+            os.environ["SIGLIP_FAST_TUNE"] = "off"
+        if graph:
+            _capture(model, pixels)
+        model(pixels)
+    return _pooled(model, pixels)
+
+
+def _capture(model, pixels) -> None:
+    try:
+        model.capture([len(pixels)])
+    except RuntimeError as reason:
+        if pixels.is_cuda:  # there it has to work
+            raise
+        raise Missing(str(reason)) from reason
+
+
+def tuned_folder() -> Path:
+    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "siglip_fast")
+    return Path(os.environ.get("SIGLIP_FAST_CACHE_DIR") or default)
+
+
+def has_tuned(device: torch.device) -> bool:
+    return device.type == "cuda" and any(tuned_folder().glob("*.json"))
+
+
+_STOCK = {
+    "stock eager": functools.partial(stock_peer, attention="eager"),
+    "stock sdpa": functools.partial(stock_peer, attention="sdpa"),
     "stock sdpa, contiguous": sdpa_contiguous,
-    "torch.compile, freezing": compiled,
-    "onnxruntime": onnxruntime,
-    "OpenVINO": openvino,
+}
+_OURS = {
+    "siglip_fast": siglip_fast,
+    "siglip_fast, graph": functools.partial(siglip_fast, graph=True),
+    "siglip_fast, tuned": functools.partial(siglip_fast, tuned=True),
+    "siglip_fast, tuned, graph": functools.partial(siglip_fast, tuned=True, graph=True),
+}
+_COMPILED = {
+    f"torch.compile, {mode}": functools.partial(compiled, mode=mode)
+    for mode in ("default", "reduce-overhead", "max-autotune")
+}
+# By device. Ours come first: what does not fit into memory beside them is the peer, not we.
+PEERS = {
+    "cpu": _OURS
+    | _STOCK
+    | {
+        "torch.compile, freezing": compiled_freezing,
+        "timm": timm,
+        "onnxruntime": onnxruntime,
+        "OpenVINO": openvino,
+    },
+    "cuda": _OURS | _STOCK | {"flash_attention_2": flash_attention_2, "timm": timm} | _COMPILED,
 }

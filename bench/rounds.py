@@ -1,0 +1,179 @@
+"""Candidates side by side: each is built, compared with what is right, and timed in turns with the others.
+
+Every round runs each candidate once, so that a busy machine or a falling clock slows all of them.
+"""
+
+import gc
+import math
+import re
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import environment
+import pytest
+import torch
+from cases import Case
+from matmul_limit import matmul_peak
+from peers import Missing
+from torch import Tensor
+
+OURS = "siglip_fast"  # the candidate that pytest-benchmark times, and whose names begin so
+LEAST_SECONDS = 0.05  # of a turn: several forwards where one is short
+Turn = Callable[[], float]  # runs, and returns seconds a call
+
+
+@dataclass
+class Field:
+    """The candidates that take part, their relative errors, and why the others do not."""
+
+    runs: dict[str, Callable[[], Tensor]] = field(default_factory=dict)
+    errors: dict[str, float] = field(default_factory=dict)
+    missing: dict[str, str] = field(default_factory=dict)
+    # those of the missing that are ours and should have worked
+    broken: dict[str, str] = field(default_factory=dict)
+
+    def drop(self, name: str, reason: str, broken: bool) -> None:
+        self.runs.pop(name, None)
+        self.missing[name] = reason
+        if broken and name.startswith(OURS):
+            self.broken[name] = reason
+        free_memory()
+
+
+def build(makers: dict[str, Callable], error: Callable[[Tensor], float], tolerance: float) -> Field:
+    """Makes each candidate and runs it once. Whatever a peer raises, the others go on."""
+    entrants = Field()
+    for name, make in makers.items():
+        with Dropping(entrants, name):
+            run = make()
+            entrants.errors[name] = error(run())
+            if not entrants.errors[name] <= tolerance:
+                raise ArithmeticError(f"wrong by {entrants.errors[name]:.1e}, allowed {tolerance:.0e}")
+            entrants.runs[name] = run
+    return entrants
+
+
+class Dropping:
+    """A block in which a candidate may fail."""
+
+    def __init__(self, entrants: Field, name: str):
+        self.entrants, self.name = entrants, name
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind, error, traceback) -> bool:
+        if kind is None or not issubclass(kind, Exception):
+            return False
+        if issubclass(kind, torch.OutOfMemoryError):
+            reason, broken = "out of memory", False
+        elif issubclass(kind, (Missing, ImportError)):
+            reason, broken = publishable(error), False
+        else:
+            reason, broken = f"{kind.__name__}: {publishable(error)}", True
+        error.__traceback__ = None  # its frames hold the candidate's memory
+        self.entrants.drop(self.name, reason, broken)
+        return True
+
+
+def publishable(error: BaseException) -> str:
+    """Short, and without folders: it ends up in a report that people publish."""
+    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return re.sub(r"(?<!\w)/(?:[^\s/'\"]+/)+", "", line)[:150]
+
+
+def wall_turn(run: Callable[[], Tensor]) -> Turn:
+    """Host time included: what a caller waits for who feeds one batch after the other."""
+    on_gpu = environment.DEVICE == "cuda"
+    synchronize = torch.cuda.synchronize if on_gpu else lambda: None
+
+    def seconds(calls: int) -> float:
+        synchronize()
+        start = time.perf_counter()
+        for _ in range(calls):
+            run()
+        synchronize()
+        return (time.perf_counter() - start) / calls
+
+    seconds(3 if on_gpu else 1)  # torch.compile's graphs are recorded in the second and third run
+    calls = max(1, math.ceil(LEAST_SECONDS / seconds(1)))
+    return lambda: seconds(calls)
+
+
+def race(benchmark, entrants: Field, make_turn: Callable[[Callable], Turn], rounds: int) -> dict[str, float]:
+    """Median seconds a call. pytest-benchmark's own figure is that of our turns, of maybe several calls."""
+    turns: dict[str, Turn] = {}
+    for name, run in list(entrants.runs.items()):
+        with Dropping(entrants, name):  # there may be no memory beside the others
+            turns[name] = make_turn(run)
+    seconds: dict[str, list[float]] = {name: [] for name in turns}
+
+    def time_one(name: str) -> None:
+        seconds[name].append(turns[name]())
+
+    def time_the_others() -> None:
+        for name in turns:
+            if name != OURS:
+                time_one(name)
+
+    if OURS not in turns:
+        return {}
+    benchmark.pedantic(time_one, args=(OURS,), setup=time_the_others, rounds=rounds)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def compare(
+    benchmark,
+    case: Case,
+    makers: dict[str, Callable],
+    error: Callable[[Tensor], float],
+    tolerance: float,
+    make_turn: Callable[[Callable], Turn],
+    flops: int,
+    **more,
+) -> None:
+    """The whole of a benchmark test: candidates are built, checked and timed, and extra_info says what came out."""
+    dtype = getattr(torch, case.dtype)
+    entrants = build(makers, error, tolerance)
+    before = environment.clocks()
+    seconds = race(benchmark, entrants, make_turn, case.rounds)
+    after = environment.clocks()
+    if not seconds and not entrants.broken:
+        pytest.skip(f"{OURS}: {entrants.missing[OURS]}")
+    entrants.runs.clear()
+    free_memory()  # the matmul needs some
+    peak = matmul_peak(dtype, environment.DEVICE) / 1e3
+    measured = {}
+    for name, value in seconds.items():
+        tflops = flops / value / 1e12
+        measured[name] = {
+            "milliseconds": significant(1e3 * value),
+            "images_per_second": significant(case.batch_size / value),
+            "tflops": significant(tflops),
+            "percent_of_peak": significant(100 * tflops / peak),
+            "relative_error": significant(entrants.errors[name], 2),
+        }
+    benchmark.extra_info |= more | {
+        "model": case.variant,
+        "batch_size": case.batch_size,
+        "dtype": case.dtype,
+        "tflop": significant(flops / 1e12),
+        "matmul_peak_tflops": significant(peak),
+        "clocks": {"before": before, "after": after},
+        "entered": list(makers),
+        "candidates": measured,
+        "missing": entrants.missing,
+    }
+    assert not entrants.broken
+
+
+def significant(value: float, digits: int = 4) -> float:
+    return float(f"{value:.{digits}g}")
+
+
+def free_memory() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
