@@ -129,6 +129,7 @@ SHORT_TILES = [  # for so few rows that most of a high tile would be empty
 ]
 FP32_TILES = [
     (128, 128, 32, 8, 2),
+    (128, 64, 16, 4, 3),
     (64, 128, 16, 4, 3),
     (64, 64, 16, 4, 3),
     (64, 64, 32, 4, 3),
