@@ -134,7 +134,6 @@ def value_config(dtype: torch.dtype) -> dict[str, int]:
 
 # BLOCK_N, BLOCK_K, BLOCK_D, num_warps, num_stages, and BLOCK_M, BLOCK_K, num_stages
 POOL_TILES = [
-    (16, 32, 128, 4, 2),
     (16, 64, 128, 4, 2),
     (32, 32, 64, 4, 2),
     (32, 32, 128, 4, 3),
