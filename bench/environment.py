@@ -9,6 +9,7 @@ import peers
 import torch
 
 import siglip_fast
+from siglip_fast import selection
 from siglip_fast.info import version_of
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -23,6 +24,7 @@ _PACKAGES = ("torch", "triton", "transformers", "timm", "flash_attn", "onnxrunti
 
 def about(cpu: str) -> dict:
     """Of the whole session; `cpu` is the processor's name."""
+    device = torch.device(DEVICE)
     versions = {name: version for name in _PACKAGES if (version := version_of(name))}
     versions |= {"python": platform.python_version(), "siglip_fast": siglip_fast.__version__}
     return {
@@ -33,9 +35,7 @@ def about(cpu: str) -> dict:
         "versions": versions,
         "revision": _revision(),
         "measured": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "tuned": sorted(p.name for p in peers.tuned_folder().glob("*.json"))
-        if peers.has_tuned(torch.device(DEVICE))
-        else [],
+        "tuned": [selection.Key.of(device).path().name] if peers.has_tuned(device) else [],
     }
 
 

@@ -1,148 +1,95 @@
-"""The operations of a forward at a model's shapes: random inputs, FLOPs, what to compare, and what is right."""
+"""The operations of a forward at a model's shapes, by the tuner's own cases: candidates, FLOPs, and what is right."""
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
 from cases import Case
 from environment import DEVICE
-from torch import Tensor, nn
+from peers import Missing, configurations, has_tuned
+from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from siglip_fast.backends import torch as plain
-from siglip_fast.ops import Linear, Norm, NormedLinear, Ops, PatchEmbedding, Pool
+from siglip_fast import tuning
+from siglip_fast.backends import select
+from siglip_fast.info import packed
+from siglip_fast.tuning.cases import inputs, plain_result
 from siglip_fast.variants import config_for
 
 BACKEND = {"cuda": "triton", "cpu": "cpu"}[DEVICE]
-
-
-class Inputs:
-    """Random inputs of each operation in a forward: its arguments, and the FLOPs that it needs."""
-
-    def __init__(self, case: Case, ops: Ops):
-        c = config_for(case.variant)
-        self.config, self.ops, self.B = c, ops, case.batch_size
-        self.N, self.p = (c.image_size // c.patch_size) ** 2, c.patch_size
-        self.D, self.F, self.H = c.hidden_size, c.intermediate_size, c.num_attention_heads
-        self._make = {"device": DEVICE, "dtype": getattr(torch, case.dtype)}
-        torch.manual_seed(0)
-
-    def random(self, *shape: int) -> Tensor:
-        return torch.randn(*shape, **self._make)
-
-    def tokens(self, width: int) -> Tensor:
-        return self.random(self.B, self.N, width)
-
-    def weight(self, out: int, width: int) -> Tensor:
-        return self.random(out, width) * width**-0.5
-
-    def linear(self, out: int, width: int) -> Linear:
-        return Linear(self.ops.pack_weight(self.weight(out, width)), self.random(out))
-
-    def normed(self, out: int, gelu: bool) -> tuple[tuple, int]:
-        x, weight = self.tokens(self.D), self.weight(out, self.D)
-        linear = NormedLinear(
-            self.ops.pack_weight(weight),
-            weight.float().sum(1),
-            self.random(out).float(),
-            self.config.layer_norm_eps,
-        )
-        return (x, moments(x), linear, gelu), 2 * self.B * self.N * self.D * out
-
-    def residual(self, width: int) -> tuple[tuple, int]:
-        arguments = self.tokens(width), self.linear(self.D, width), self.tokens(self.D)
-        return arguments, 2 * self.B * self.N * self.D * width
-
-    def patch_embed(self):
-        K, size = 3 * self.p**2, self.config.image_size
-        patch = PatchEmbedding(*self.linear(self.D, K), self.p)
-        arguments = self.random(self.B, 3, size, size), patch, self.random(self.N, self.D)
-        return "patch_embed", arguments, 2 * self.B * self.N * K * self.D
-
-    def qkv(self):
-        return "layernorm_linear", *self.normed(3 * self.D, gelu=False)
-
-    def attention(self):
-        qkv = self.random(self.B, self.N, 3, self.H, self.D // self.H)
-        return "attention", (qkv,), 4 * self.B * self.N**2 * self.D
-
-    def out_proj(self):
-        return "linear_residual", *self.residual(self.D)
-
-    def fc1(self):
-        return "layernorm_linear", *self.normed(self.F, gelu=True)
-
-    def fc2(self):
-        return "linear_residual", *self.residual(self.F)
-
-    def layernorm(self):
-        x = self.tokens(self.D)
-        norm = Norm(self.random(self.D), self.random(self.D), self.config.layer_norm_eps)
-        return "layernorm", (x, moments(x), norm), 0
-
-    def attention_pool(self):
-        scores = self.weight(self.H, self.D).float()
-        pool = Pool(scores, Linear(self.weight(self.D, self.D), self.random(self.D)))
-        flops = 4 * self.B * self.H * self.N * self.D + 2 * self.B * self.D**2
-        return "attention_pool", (self.tokens(self.D), pool), flops
-
-
-OPERATIONS = ("patch_embed", "qkv", "attention", "out_proj", "fc1", "fc2", "layernorm", "attention_pool")
-
-
-def moments(x: Tensor) -> Tensor:
-    """What the Triton kernels need to know of each row; the other backends do not look at it."""
-    means, m2s = [], []
-    for block in x.flatten(0, 1).float().split(64, dim=1):
-        means.append(block.mean(1))
-        m2s.append((block - means[-1][:, None]).square().sum(1))
-    return torch.stack([torch.stack(means, 1), torch.stack(m2s, 1)], 1)
-
-
-def gelu_in_the_gemm(x, _, linear, gelu):
-    """cuBLASLt's epilogue, which torch reaches only by this name."""
-    normed = nn.functional.layer_norm(x, x.shape[-1:], eps=linear.eps).flatten(0, 1)
-    bias = linear.bias.to(x.dtype)
-    return torch._addmm_activation(bias, normed, linear.weight.T, use_gelu=True).view(*x.shape[:2], -1)
+# Those of tuning.cases, in its order; the head's GEMMs, of a row an image, are left out.
+OPERATIONS = ("fc1", "fc2", "qkv", "out_proj", "patch_embed", "layernorm", "attention", "attention_pool")
 
 
 class Call(NamedTuple):
     function: Callable
-    arguments: tuple
+    arguments: Iterable
 
     def __call__(self) -> Tensor:
         out = self.function(*self.arguments)
         return out[0] if isinstance(out, tuple) else out  # without the moments
 
 
-def candidates(case: Case, operation: str) -> tuple[dict[str, Call], int]:
-    """By name, and the FLOPs that the operation needs."""
-    found = {}
-    for name, backend in (("siglip_fast", BACKEND), ("torch", "torch")):
-        ops = Ops(backend)
-        contract, arguments, flops = getattr(Inputs(case, ops), operation)()
-        found[name] = Call(getattr(ops, contract), arguments)
-    if operation == "fc1" and DEVICE == "cuda":  # on a CPU it has the other GELU
-        found["torch, GELU in the GEMM"] = Call(gelu_in_the_gemm, found["torch"].arguments)
-    return found, flops
+def tuning_case(case: Case, operation: str) -> tuning.Case:
+    config = config_for(case.variant)
+    tokens = (config.image_size // config.patch_size) ** 2
+    found = tuning.cases(config, tokens, getattr(torch, case.dtype), [case.batch_size])
+    return found[OPERATIONS.index(operation)]
 
 
-def ends(tensor: Tensor) -> Tensor:
-    """The first and the last image."""
-    return tensor[:: max(1, len(tensor) - 1)]
+def candidates(case: Case, operation: str) -> dict[str, Callable[[], Call]]:
+    """By name, what makes it; on a GPU the vendor's routes too, which leave row moments as the kernels do."""
+    wanted = tuning_case(case, operation)
+    arguments = inputs(wanted, torch.device(DEVICE))
+    name = wanted.operation.name
+
+    def ours(tuned: bool) -> Call:
+        if tuned and not has_tuned(torch.device(DEVICE)):
+            raise Missing("nothing is tuned for this device (siglip-fast tune)")
+        backend = select.load(BACKEND)
+        call = Call(getattr(backend, name), packed(arguments, backend))
+        with configurations(tuned):  # settled at the first call
+            call()
+        return call
+
+    def plain() -> Call:
+        return Call(getattr(select.load("torch"), name), arguments)
+
+    found = {"siglip_fast": functools.partial(ours, False), "torch": plain}
+    if DEVICE == "cuda":
+        from siglip_fast.tuning.candidates import run, vendor_routes
+
+        found["siglip_fast, tuned"] = functools.partial(ours, True)
+        for choice in vendor_routes(name):
+            call = Call(functools.partial(run, wanted, choice), (arguments,))
+            found[f"vendor: {choice}"] = lambda call=call: call
+    return found
 
 
-def float64(case: Case, operation: str) -> Tensor:
-    """What is right for the first and the last image."""
-    contract, arguments, _ = getattr(Inputs(case, Ops("torch")), operation)()
+def flops(case: Case, operation: str) -> int:
+    """Multiplications and additions; 0 for layernorm, which is none of a matmul's business."""
+    (name, dims, _), rows = tuning_case(case, operation)
+    if name == "attention":
+        N, H, d = dims
+        return 4 * rows * N * N * H * d
+    if name == "attention_pool":
+        N, D, H = dims
+        return 4 * rows * H * N * D + 2 * rows * D * D
+    return 2 * rows * dims[0] * dims[1] if len(dims) > 1 else 0
 
-    def cut(leaf):
-        if not isinstance(leaf, Tensor):
-            return leaf
-        return (ends(leaf) if leaf.ndim > 2 and len(leaf) == case.batch_size else leaf).double()
 
-    arguments = tree_map(cut, arguments)
-    if operation == "attention_pool":  # whose scores are float32 by contract
-        tokens, pool = arguments
-        arguments = tokens, pool._replace(scores=pool.scores.float())
-    return Call(getattr(plain, contract), arguments)()
+def ends(tensor: Tensor, case: Case) -> Tensor:
+    """What belongs to the first and the last image, of a tensor whose first dimension is that of images or of rows."""
+    return tensor.unflatten(0, (case.batch_size, -1))[:: max(1, case.batch_size - 1)].flatten(0, 1)
+
+
+def expected(case: Case, operation: str) -> Tensor:
+    """What is right for the first and the last image, in float64."""
+    wanted = tuning_case(case, operation)
+    arguments = list(inputs(wanted, torch.device(DEVICE)))
+    for i in (0, 2) if wanted.operation.name == "linear_residual" else (0,):
+        arguments[i] = ends(arguments[i], case)
+    return plain_result(
+        wanted, tree_map(lambda x: x.double() if isinstance(x, Tensor) else x, tuple(arguments))
+    )

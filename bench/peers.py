@@ -10,15 +10,14 @@ import functools
 import importlib.util
 import os
 import tempfile
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from unittest import mock
 
 import torch
 import transformers
 from torch import Tensor, nn
 
-from siglip_fast import SiglipVisionModel
+from siglip_fast import SiglipVisionModel, selection
 
 Forward = Callable[[], Tensor]
 
@@ -178,10 +177,7 @@ def siglip_fast(config, dtype, pixels, tuned=False, graph=False):
         model = SiglipVisionModel(copy.deepcopy(config), strict=True)
     model.load_state_dict(stock(config, "sdpa", torch.float32, pixels.device).state_dict())
     model = model.to(dtype).eval()
-    with mock.patch.dict(os.environ):
-        os.environ.pop("SIGLIP_FAST_TUNE", None)
-        if not tuned:
-            os.environ["SIGLIP_FAST_TUNE"] = "off"
+    with configurations(tuned):
         if graph:
             _capture(model, pixels)
         model(pixels)
@@ -197,13 +193,18 @@ def _capture(model, pixels) -> None:
         raise Missing(str(reason)) from reason
 
 
-def tuned_folder() -> Path:
-    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "siglip_fast")
-    return Path(os.environ.get("SIGLIP_FAST_CACHE_DIR") or default)
+@contextlib.contextmanager
+def configurations(tuned: bool) -> Iterator[None]:
+    """Measured or built-in ones, for what runs for the first time in here."""
+    with mock.patch.dict(os.environ):
+        os.environ.pop("SIGLIP_FAST_TUNE", None)
+        if not tuned:
+            os.environ["SIGLIP_FAST_TUNE"] = "off"
+        yield
 
 
 def has_tuned(device: torch.device) -> bool:
-    return device.type == "cuda" and any(tuned_folder().glob("*.json"))
+    return device.type == "cuda" and bool(selection.read(selection.Key.of(device)))
 
 
 _STOCK = {

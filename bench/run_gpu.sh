@@ -7,7 +7,6 @@
 # installation: torch, transformers, pytest, pytest-benchmark and matplotlib have to be there ($PYTHON, or python3).
 # Without a GPU the same stages run small on the CPU, into a temporary DIR, and measure no GPU.
 set -u
-shopt -s nullglob
 set -m # each stage in its own process group, and not deaf to SIGINT as the shell's background jobs are
 repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python=${PYTHON:-$(command -v python3 || command -v python)}
@@ -70,28 +69,28 @@ interrupt() {
 trap interrupt INT TERM
 
 cli=("$python" -c 'import sys; from siglip_fast.cli import main; sys.exit(main())')
-tests() { # NAME LIMIT SELECTION PATTERN…: of the files in tests/
-    local name=$1 limit=$2 select=$3 pattern files=()
+tests() { # NAME LIMIT SELECTION FILE…: of those in tests/
+    local name=$1 limit=$2 select=$3
     shift 3
-    for pattern; do files+=("$repo"/tests/$pattern); done
-    if [ ${#files[@]} = 0 ]; then row "$name" "skipped: this checkout has no such tests" 0; return; fi
-    stage "$name" "$limit" "$python" -m pytest -q "${files[@]}" -k "$select" -m "$marked"
+    stage "$name" "$limit" "$python" -m pytest -q "${@/#/$repo/tests/}" -k "$select" -m "$marked"
 }
 bench() { # NAME LIMIT
     stage "bench-$1" "$2" "$python" -m pytest -q -rs "$repo/bench/test_$1.py" --benchmark-json "$out/raw-$1.json"
 }
 
 # Limits in seconds. A quick run on a GPU has 480 altogether; the model's benchmark gets what the tests leave of it.
-marked="not slow and not mutants" variants="base-patch16-224 so400m-patch14-384" dtypes=bfloat16 budget=20
-kernels="triton and bf16" model="not published and not full_depth and not (torch or cpu)"
-limits=(80 45 30 30 45 20)
+marked="not slow and not mutants" variants="base-patch16-224 so400m-patch14-384" dtypes=bfloat16 budget=40
+kernels="triton and bf16 and (base or so400m)" model="not published and not full_depth and not (torch or cpu)"
+compiled="test_graphs or one_operation or opcheck or modes"
+limits=(60 40 40 55 45 20)
 left() { echo $((480 - 65 - SECONDS)); }
 if [ -z "$gpu" ]; then
     kernels="fp32 and (cpu and base or triton and one-token)" model="TestOutputs and cpu"
+    compiled="outputs_survive or weight_edits or opcheck"
     limits=(300 300 300 30 300 60)
     left() { echo 600; }
 elif [ "$extent" = full ]; then
-    marked="not mutants" kernels="" model="" dtypes="bfloat16 float16" budget=600
+    marked="not mutants" kernels="" model="" compiled="" dtypes="bfloat16 float16" budget=600
     variants="base-patch16-224 base-patch16-384 large-patch16-384"
     variants+=" so400m-patch14-224 so400m-patch14-384 so400m-patch14-896"
     limits=(7200 3600 3600 900 14400 300)
@@ -102,9 +101,9 @@ row stage result seconds
 row --- --- ---
 stage info 60 "${cli[@]}" info
 tests tests-kernels "${limits[0]}" "$kernels" \
-    test_{patch_embed,layernorm_linear,attention,linear_residual,layernorm,attention_pool}.py
+    test_{patch_embed,layernorm_linear,attention,linear_residual,layernorm,attention_pool,configs}.py
 tests tests-model "${limits[1]}" "$model" test_model.py test_weights.py
-tests tests-graphs-compile "${limits[2]}" "" "test_*graph*.py" "test_*compile*.py"
+tests tests-graphs-compile "${limits[2]}" "$compiled" test_graphs.py test_traced.py
 for variant in $variants; do
     for dtype in $dtypes; do
         if [ -z "$gpu" ]; then row "tune-$variant-$dtype" "skipped: no GPU" 0; continue; fi

@@ -1,12 +1,11 @@
 """Each operation against torch's own route for the same contract: `pytest bench/test_kernels.py --benchmark-json OUT.json`.
 
-On a GPU the Triton kernels, in their default configurations: a CUDA graph of many calls, timed by events, so that the
+On a GPU the Triton kernels, in their default configurations and as tuned, and the vendor's routes: a CUDA graph of many calls, timed by events, so that the
 host's time does not count; each call has its own copy of inputs and weights, together larger than L2, as in a forward
 whose layers each have their own. On a CPU the cpu backend, with warm caches. Each route's result for the first and the
 last image is compared with float64 first: ours may be off by twice what torch is, plus 1e-6.
 """
 
-import functools
 import itertools
 import math
 from collections.abc import Callable
@@ -63,22 +62,23 @@ def cuda_turn(call: operations.Call) -> rounds.Turn:
 @pytest.mark.parametrize("case", cases.CASES[environment.DEVICE, cases.extent()], ids=str)
 @torch.no_grad()
 def test_kernel(benchmark, case, operation):
-    expected = operations.float64(case, operation)
-    calls, flops = operations.candidates(case, operation)
+    expected = operations.expected(case, operation)
+    makers = operations.candidates(case, operation)
 
     def error(out: Tensor) -> float:
-        return ((operations.ends(out).double() - expected).norm() / expected.norm()).item()
+        return ((operations.ends(out, case).double() - expected).norm() / expected.norm()).item()
 
-    out = calls["torch"]()
+    call = makers["torch"]()
+    out = call()
     rounds.compare(
         benchmark,
         case,
-        {name: functools.partial(lambda call: call, call) for name, call in calls.items()},
+        makers,
         error=error,
         tolerance=2 * error(out) + 1e-6,
         make_turn=cuda_turn if environment.DEVICE == "cuda" else rounds.wall_turn,
-        flops=flops,
+        flops=operations.flops(case, operation),
         kind="kernel",
         operation=operation,
-        mb=rounds.significant((size(calls["torch"].arguments) + size(out)) / 1e6),
+        mb=rounds.significant((size(call.arguments) + size(out)) / 1e6),
     )

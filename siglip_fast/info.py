@@ -52,7 +52,7 @@ def check_operations(
         run = getattr(implementation, case.operation.name)
         try:
             args = inputs(case, device)
-            wrong = Verifier(case, device, args)(functools.partial(run, *_packed(args, implementation)))
+            wrong = Verifier(case, device, args)(functools.partial(run, *packed(args, implementation)))
         except Exception as error:  # a self-check tells of whatever fails
             wrong = f"{type(error).__name__}: {first_line(error)}"
         all_right &= wrong is None
@@ -63,7 +63,7 @@ def check_operations(
     return all_right
 
 
-def _packed(args: tuple, implementation: Any) -> list:
+def packed(args: tuple, implementation: Any) -> list:
     """With the weights as the backend wants them, which are those that `siglip_fast.weights` packs."""
     from .ops import Linear, NormedLinear, PatchEmbedding
 

@@ -184,7 +184,15 @@ case "$*" in *get_device_name*) echo "{gpu}" ;; {behave} esac
             "NO GPU WAS MEASURED" in output
             and "| tune-base-patch16-224-bfloat16 | skipped: no GPU | 0 |" in output
         )
-        for name in ("info", "tests-kernels", "tests-model", "bench-model", "bench-kernels", "report"):
+        for name in (
+            "info",
+            "tests-kernels",
+            "tests-model",
+            "tests-graphs-compile",
+            "bench-model",
+            "bench-kernels",
+            "report",
+        ):
             assert f"| {name} | pass |" in output and (self.out / f"{name}.log").exists()
         assert "| bench-kernels | pass |" in (self.out / "summary.md").read_text()
 
