@@ -116,12 +116,16 @@ class SiglipVisionModel(transformers.SiglipVisionModel):
         check_images(images, channels)
         normalize = normalization(image_mean, image_std, rescale_factor, channels)
         # torch and oneDNN round their products to 16 bits before a bias could be added in float32; so these backends
-        # normalise first, as does whatever is not fused, hooks on this very model included.
+        # normalise first, as does whatever is not fused (hooks on this very model included) or folded too coarsely.
         hooked = self._forward_hooks or self._forward_pre_hooks or "forward" in vars(self)
         if torch.compiler.is_compiling() or hooked:
             return self(normalize(images), interpolate_pos_encoding, **kwargs)
         derived, reason = self._route(images, kwargs)
-        if reason is not None or not derived.ops.reads_uint8:
+        if (
+            reason is not None
+            or not derived.ops.reads_uint8
+            or not normalize.folds(self._patch_weight().dtype)
+        ):
             return self(normalize(images), interpolate_pos_encoding, **kwargs)
         with torch.no_grad():
             outputs = self._fused(derived, images, interpolate_pos_encoding, normalize)

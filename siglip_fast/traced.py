@@ -34,9 +34,8 @@ class Handle:
     """
 
     def __init__(self, model: "SiglipVisionModel", forward: Callable):
-        self.forward = (
-            forward  # the one to trace and to run: a subclass's, or a hooked one, is around it in the graph
-        )
+        # The one that is traced. A subclass's, or hooks around it, are in the graph already, and not run again.
+        self.forward = forward
         self._number, self._renewed = next(_numbers), 0
         self._source: Source | None = None
         self._make_tensor()
@@ -45,7 +44,7 @@ class Handle:
     def _make_tensor(self) -> None:
         self.tensor = torch.tensor((self._number << 32) + self._renewed, device="cpu")
 
-    def renew(self, source: Source | None) -> None:
+    def renew(self, source: Source) -> None:
         """From the next graph on, derived weights may be kept if `source` is still unchanged then."""
         self._source = source
         self._renewed += 1
@@ -60,7 +59,7 @@ def forward(
     model: "SiglipVisionModel", pixel_values: Tensor, interpolate_pos_encoding: bool
 ) -> tuple[Tensor, Tensor | None]:
     """The model's forward as torch.compile is to trace it."""
-    tensors = [*model.parameters(), *model.buffers()]
+    tensors = [model._patch_weight(), *model.parameters(), *model.buffers()]
     head = model._tower.use_head
     last_hidden_state, pooler_output = vision_tower(
         pixel_values, tensors, model._handle.tensor, bool(interpolate_pos_encoding), head
@@ -85,14 +84,15 @@ def tower_reason(handle: Tensor) -> str | None:
     "siglip_fast::vision_tower",
     mutates_args=(),
     # Replayed from a CUDA graph it would not look for edited weights.
-    tags=tuple(getattr(torch.Tag, name) for name in ("cudagraph_unsafe",) if hasattr(torch.Tag, name)),
+    tags=[torch.Tag.cudagraph_unsafe] if hasattr(torch.Tag, "cudagraph_unsafe") else [],
 )
 def vision_tower(
     pixel_values: Tensor, tensors: list[Tensor], handle: Tensor, interpolate_pos_encoding: bool, head: bool
 ) -> tuple[Tensor, Tensor]:
     """`pixel_values [B, C, H, W]` → last_hidden_state `[B, N, D]` and pooler_output `[B, D]`, `[0]` without head.
 
-    `tensors` are the model's parameters and buffers, the weight of the patch embedding first.
+    `tensors` are the weight of the patch embedding, whose shape, dtype and device the outputs follow, then all
+    parameters and buffers.
     Raises RuntimeError where the model is gone, and whatever the model's forward raises.
     """
     number, renewed = divmod(handle.item(), 1 << 32)
@@ -100,7 +100,7 @@ def vision_tower(
     if model is None:
         raise RuntimeError("siglip_fast::vision_tower: the model that was compiled does not exist any more")
     with torch.no_grad():
-        output = _run(model, renewed, pixel_values, tensors, interpolate_pos_encoding)
+        output = _run(model, renewed, pixel_values, tensors[1:], interpolate_pos_encoding)
     pooled = output.pooler_output if head else pixel_values.new_empty(0, dtype=tensors[0].dtype)
     return output.last_hidden_state.contiguous(), pooled.contiguous()
 
@@ -123,25 +123,26 @@ def _run(model, renewed, pixel_values, given, interpolate_pos_encoding):
         replaced = {f"model.{name}": tensor for name, tensor in zip(named, given, strict=True)}
         return torch.func.functional_call(_Forward(model), replaced, args)
     before = model._derived
-    output = _Forward(model)(*args)
+    output = model._handle.forward(model, *args, return_dict=True)
     derived = model._derived
-    if derived is not before and not model._handle.vouches(renewed):
-        model._handle.renew(derived and derived.source)
+    if derived is not None and derived is not before and not model._handle.vouches(renewed):
+        model._handle.renew(derived.source)
         model._derived = None
     return output
 
 
 class _Forward(nn.Module):
-    """The model's own forward, without hooks on the model."""
+    """What functional_call can call without running hooks on the model again."""
 
     def __init__(self, model):
         super().__init__()
         self.model = model
 
-    def forward(self, pixel_values, interpolate_pos_encoding):
-        run = self.model._handle.forward
-        return run(self.model, pixel_values, interpolate_pos_encoding, return_dict=True)
+    def forward(self, *args):
+        return self.model._handle.forward(self.model, *args, return_dict=True)
 
 
 def _is_same_memory(a: Tensor, b: Tensor) -> bool:
-    return a is b or (a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride())
+    if a is b:
+        return True
+    return a.data_ptr() == b.data_ptr() and (a.shape, a.stride(), a.dtype) == (b.shape, b.stride(), b.dtype)

@@ -23,6 +23,7 @@ _ATTENTION = "tests/test_attention.py -k 'triton and fp16 and (accuracy or phant
 _RESIDUAL = "tests/test_linear_residual.py -k 'triton and"
 _SPLIT = "tests/test_linear_residual.py -k 'triton and bf16 and test_split_k and no-residual and"
 _EPILOGUE = "tests/test_residual_epilogue.py -k 'triton and bf16 and"
+_UINT8 = "tests/test_uint8.py -k 'TestOperation and accuracy and bf16"
 _NORMED = "tests/test_layernorm_linear.py -k 'triton and"
 
 MUTANTS = {
@@ -282,6 +283,30 @@ MUTANTS = {
         "            width // patch_size,",
         "            triton.cdiv(width, patch_size),",
         "tests/test_patch_embed.py -k 'triton and bf16 and dropped-pixels'",
+    ),
+    "uint8-scale-forgotten": Mutant(
+        "kernels/patch_embed.py",
+        "acc = acc * scale + ",
+        "acc = acc + ",
+        f"{_UINT8} and random and siglip'",
+    ),
+    "uint8-not-around-zero": Mutant(
+        "kernels/patch_embed.py",
+        "(pixels ^ 128).to(tl.int8, bitcast=True)",
+        "pixels.to(tl.int8, bitcast=True)",
+        f"{_UINT8} and random and siglip'",
+    ),
+    "uint8-scale-of-the-first-channel-for-all": Mutant(
+        "siglip_fast/uint8.py",
+        "if not (ratio == 1).all():",
+        "if False:",
+        f"{_UINT8} and random and imagenet'",
+    ),
+    "uint8-shift-of-the-unrounded-weights": Mutant(
+        "siglip_fast/uint8.py",
+        "(weight.double().sum(2) / ratio * ratio.new_tensor(t)).sum(1)",
+        "(patch.weight.double().unflatten(1, (C, -1)).sum(2) * ratio.new_tensor(t)).sum(1)",
+        f"{_UINT8} and bright and white'",
     ),
     "pool-phantom-tokens": Mutant(
         "kernels/attention_pool.py",

@@ -26,9 +26,9 @@ BREACHES = {
         r"pixel_values: expected shape \[any, 3, any, any\], got \[3, 8, 8\]",
     ),
     "pixels-integer": (
-        lambda ops: ops.patch_embed(tensor(1, 3, 8, 8, dtype=torch.uint8), patch, tensor(4, 32)),
+        lambda ops: ops.patch_embed(tensor(1, 3, 8, 8, dtype=torch.int16), patch, tensor(4, 32)),
         TypeError,
-        "pixel_values: expected a floating dtype, got torch.uint8",
+        "pixel_values: expected a floating dtype, got torch.int16",
     ),
     "position-length": (
         lambda ops: ops.patch_embed(tensor(1, 3, 8, 8), patch, tensor(5, 32)),
