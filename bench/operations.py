@@ -11,7 +11,7 @@ from peers import Missing, configurations, has_tuned
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from siglip_fast import tuning
+from siglip_fast import selection, tuning
 from siglip_fast.backends import select
 from siglip_fast.info import packed
 from siglip_fast.tuning.cases import inputs, plain_result
@@ -58,12 +58,13 @@ def candidates(case: Case, operation: str) -> dict[str, Callable[[], Call]]:
 
     found = {"siglip_fast": functools.partial(ours, False), "torch": plain}
     if DEVICE == "cuda":
-        from siglip_fast.tuning.candidates import run, vendor_routes
+        from siglip_fast.backends import vendor
+        from siglip_fast.tuning.candidates import run
 
         found["siglip_fast, tuned"] = functools.partial(ours, True)
-        for choice in vendor_routes(name):
-            call = Call(functools.partial(run, wanted, choice), (arguments,))
-            found[f"vendor: {choice}"] = lambda call=call: call
+        for route in vendor.routes(name):
+            call = Call(functools.partial(run, wanted, selection.Choice(route)), (arguments,))
+            found[f"vendor: {route}"] = lambda call=call: call
     return found
 
 

@@ -3,9 +3,12 @@
 import contextlib
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+RECORDING = threading.RLock()  # CUDA allows one capture at a time in a process
 
 Outputs = tuple[Tensor, Tensor | None]
 Forward = Callable[[Tensor], Outputs]
@@ -23,15 +26,18 @@ class Graphs:
         self._image = image
         self._lock = threading.Lock()
         # Outputs that inference mode made could not be written to outside of it.
-        with torch.inference_mode(False), torch.no_grad():
+        with RECORDING, torch.inference_mode(False), torch.no_grad():
             self._recorder = Recorder(image.device)
-            inputs = {
-                size: image.new_zeros((size, *image.shape)) for size in sorted(batch_sizes, reverse=True)
-            }
             self._graphs = {
-                size: (pixels, *self._recorder.record(lambda pixels=pixels: forward(pixels)))
-                for size, pixels in inputs.items()
+                size: self._record(forward, image.new_zeros((size, *image.shape)))
+                for size in sorted(batch_sizes, reverse=True)
             }
+
+    def _record(self, forward: Forward, pixels: Tensor) -> "Graph":
+        def run() -> Outputs:
+            return forward(pixels)
+
+        return Graph(pixels, *self._recorder.record(run), run)
 
     def batch_size_for(self, pixel_values: Tensor) -> int | None:
         """The captured batch size that these images run on, or None: the next one that is less than twice theirs."""
@@ -43,12 +49,19 @@ class Graphs:
     def replay(self, size: int, pixel_values: Tensor) -> Outputs:
         """The forward of `pixel_values [B, C, H, W]` with B ≤ size, cast to the graph's dtype."""
         B = len(pixel_values)
-        pixels, replay, outputs = self._graphs[size]
+        pixels, replay, outputs, _ = self._graphs[size]
         with self._lock, self._recorder.in_order():
             pixels[:B].copy_(pixel_values)
             replay()
             last_hidden_state, pooler_output = (None if out is None else out[:B].clone() for out in outputs)
         return last_hidden_state, pooler_output
+
+
+class Graph(NamedTuple):
+    pixels: Tensor
+    replay: Callable[[], None]
+    outputs: Outputs
+    run: Callable[[], Outputs]  # holds whatever else the graph reads: it knows addresses only
 
 
 class Recorder:
@@ -58,21 +71,25 @@ class Recorder:
         if device.type != "cuda":
             raise RuntimeError(f"CUDA graphs need a CUDA device; the model is on {device}")
         self._device = device
+        with torch.cuda.device(device):
+            # Its own: torch's default for captures belongs to the device of the process's first one.
+            self._stream = torch.cuda.Stream()
         self._pool = torch.cuda.graph_pool_handle()
         self._last_replay = torch.cuda.Event()
 
     def record(self, run: Callable[[], Outputs]) -> tuple[Callable[[], None], Outputs]:
         """The function that repeats `run`, and the outputs that it writes."""
-        with torch.cuda.device(self._device):
-            # On a side stream, as torch's documentation asks for: compiles kernels, makes libraries' workspaces.
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                run()
-            torch.cuda.current_stream().wait_stream(side)
+        # The outer stream context brings the caller's stream back where a capture fails, which torch's does not.
+        with torch.cuda.device(self._device), torch.cuda.stream(torch.cuda.current_stream(self._device)):
+            self._stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self._stream):
+                run()  # compiles kernels, makes libraries' workspaces
+            torch.cuda.current_stream().wait_stream(self._stream)
             graph = torch.cuda.CUDAGraph()
             # thread_local: what other threads do meanwhile, such as pinning memory, does not end the capture
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            with torch.cuda.graph(
+                graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
+            ):
                 outputs = run()
         return graph.replay, outputs
 

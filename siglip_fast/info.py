@@ -56,11 +56,16 @@ def check_operations(
         except Exception as error:  # a self-check tells of whatever fails
             wrong = f"{type(error).__name__}: {first_line(error)}"
         all_right &= wrong is None
-        by = (
-            f", by {implementation.choice(*case.operation, case.rows, device)}" if backend == "triton" else ""
-        )
+        by = f", by {_choices(implementation, case, device)}" if backend == "triton" else ""
         print(f"  {case}: {wrong or 'right'}{by}")
     return all_right
+
+
+def _choices(implementation: Any, case: Any, device: "torch.device") -> str:
+    from .selection import LAUNCHES
+
+    eager, graph = (implementation.choice(*case.operation, case.rows, device, launch) for launch in LAUNCHES)
+    return str(eager) if graph == eager else f"{eager}, in a CUDA graph by {graph}"
 
 
 def packed(args: tuple, implementation: Any) -> list:

@@ -17,9 +17,9 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
 from . import selection, traced
-from .backends.select import NAMES, backend_for
+from .backends.select import NAMES, backend_for, is_capturing
 from .forward import forward
-from .graphs import Graphs
+from .graphs import RECORDING, Graphs
 from .ops import DTYPES
 from .uint8 import Normalization, check_images, normalization
 from .weights import Derived
@@ -47,6 +47,10 @@ class SiglipVisionModel(transformers.SiglipVisionModel):
         ValueError: the backend's name is unknown.
     """
 
+    # Of the class, for models that were pickled before there were any
+    _to_capture: tuple[tuple[int, ...], int] | None = None  # batch sizes, image size
+    _graphs: tuple[Derived, Graphs] | None = None  # made from those derived weights
+
     def __init__(self, config: SiglipVisionConfig, *, backend: str | None = None, strict: bool = False):
         super().__init__(config)
         self.backend = backend or os.environ.get("SIGLIP_FAST_BACKEND", "auto")
@@ -54,8 +58,6 @@ class SiglipVisionModel(transformers.SiglipVisionModel):
         if self.backend not in NAMES:
             raise ValueError(f"backend: expected one of {', '.join(NAMES)}, got {self.backend!r}")
         self._derived: Derived | None = None
-        self._to_capture: tuple[tuple[int, ...], int] | None = None  # batch sizes, image size
-        self._graphs: tuple[Derived, Graphs] | None = None  # made from those derived weights
         self._handle = traced.Handle(self, SiglipVisionModel.forward)
 
     def forward(
@@ -79,8 +81,7 @@ class SiglipVisionModel(transformers.SiglipVisionModel):
             return super().forward(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs)
         derived, reason = self._route(pixel_values, kwargs)
         if reason is _GRADIENTS:
-            # the weights are about to change, perhaps in ways that torch does not count
-            self._derived = self._graphs = None
+            self._drop()  # the weights are about to change, perhaps in ways that torch does not count
         if reason is not None:
             if self.strict:
                 raise RuntimeError(f"the fused forward does not apply: {reason}")
@@ -118,14 +119,11 @@ class SiglipVisionModel(transformers.SiglipVisionModel):
         # torch and oneDNN round their products to 16 bits before a bias could be added in float32; so these backends
         # normalise first, as does whatever is not fused (hooks on this very model included) or folded too coarsely.
         hooked = self._forward_hooks or self._forward_pre_hooks or "forward" in vars(self)
+        hooked = hooked or type(self).forward is not SiglipVisionModel.forward
         if torch.compiler.is_compiling() or hooked:
             return self(normalize(images), interpolate_pos_encoding, **kwargs)
         derived, reason = self._route(images, kwargs)
-        if (
-            reason is not None
-            or not derived.ops.reads_uint8
-            or not normalize.folds(self._patch_weight().dtype)
-        ):
+        if reason is not None or not self._folds(derived, normalize):
             return self(normalize(images), interpolate_pos_encoding, **kwargs)
         with torch.no_grad():
             outputs = self._fused(derived, images, interpolate_pos_encoding, normalize)
@@ -152,10 +150,10 @@ class SiglipVisionModel(transformers.SiglipVisionModel):
         """Record CUDA graphs of the fused forward, which later calls replay: no launch costs, the same results.
 
         A batch runs on the graph of the smallest captured size that holds it and is less than twice as large; other
-        batches, images of another size and `forward_uint8` are launched kernel by kernel as before. The graphs are recorded again
-        when weights were edited, dropped for training, and released, for good, when the model is moved or cast
+        batches, images of another size and `forward_uint8` are launched kernel by kernel as before. Graphs are recorded
+        again when weights were edited, dropped for training, and released, for good, when the model is moved or cast
         (`.to()`), copied or pickled, or by `capture([])`. Inside a CUDA graph that somebody else captures the kernels
-        are launched into that one.
+        are launched into that one, which does not see later edits of weights.
 
         Args:
             batch_sizes: one graph each; they share their memory.
@@ -176,15 +174,10 @@ class SiglipVisionModel(transformers.SiglipVisionModel):
         with torch.no_grad():
             if reason := self.why_not(self._example(image_size)[None]):
                 raise RuntimeError(f"capture: the fused forward does not apply: {reason}")
+            derived = self._current()
+            self._first_contact(derived, self._example(image_size).expand(max(batch_sizes), -1, -1, -1))
+            self._record(derived, tuple(batch_sizes), image_size)
             self._to_capture = tuple(batch_sizes), image_size
-            try:
-                self._first_contact(
-                    self._current(), self._example(image_size).expand(max(batch_sizes), -1, -1, -1)
-                )
-                self._current_graphs(self._current())
-            except BaseException:
-                self._to_capture = None
-                raise
 
     def tune(
         self, batch_sizes: Sequence[int] = (1, 8, 64), *, budget: float = 900.0, force: bool = False
@@ -209,7 +202,7 @@ class SiglipVisionModel(transformers.SiglipVisionModel):
         try:
             return tune(self.config, weight.dtype, batch_sizes, weight.device, budget=budget, force=force)
         finally:
-            self._derived = self._graphs = None  # the next forward reads the cache
+            self._drop()  # the next forward reads the cache
 
     def why_not(self, pixel_values: Tensor, interpolate_pos_encoding: bool = False, **kwargs) -> str | None:
         """Every reason, joined by "; ", for which `forward(...)` would run the stock code here and now, or None.
@@ -266,17 +259,17 @@ class SiglipVisionModel(transformers.SiglipVisionModel):
         if normalize:
             position = self._position(pixel_values, interpolate)
             return forward(derived.ops, derived.for_uint8(normalize), pixel_values, position)
-        graphs = self._current_graphs(derived)
-        if graphs and (interpolate or not self._must_interpolate(self._to_capture[1])):
-            if size := graphs.batch_size_for(pixel_values):
-                return graphs.replay(size, pixel_values)
+        graphs = self._graphs_or_none(derived)
+        size = graphs and graphs.batch_size_for(pixel_values)
+        if size and (interpolate or not self._must_interpolate(*pixel_values.shape[2:])):
+            return graphs.replay(size, pixel_values)
         position = self._position(pixel_values, interpolate)
         if pixel_values.dtype not in DTYPES:
             pixel_values = pixel_values.to(position.dtype)
         return forward(derived.ops, derived.weights, pixel_values, position)
 
     def _first_contact(self, derived: Derived, pixel_values: Tensor) -> None:
-        if derived.ops.backend != "triton" or _is_capturing(pixel_values):
+        if derived.ops.backend != "triton" or is_capturing(pixel_values):
             return
         derived.is_new = False
         if selection.mode() == "auto":
@@ -286,31 +279,48 @@ class SiglipVisionModel(transformers.SiglipVisionModel):
             tokens = math.prod(size // weight.shape[-1] for size in pixel_values.shape[2:])
             first_contact(self.config, weight.dtype, len(pixel_values), tokens, weight.device)
 
-    def _current_graphs(self, derived: Derived) -> Graphs | None:
-        to_capture = self._to_capture
-        if to_capture is None or _is_capturing(derived.weights.patch.weight):
+    def _folds(self, derived: Derived, normalize: Normalization) -> bool:
+        weight = self._patch_weight()
+        if not derived.ops.reads_uint8 or not normalize.folds(weight.dtype):
+            return False
+        return derived.has_uint8(normalize) or not is_capturing(weight)  # nothing is folded inside a capture
+
+    def _graphs_or_none(self, derived: Derived) -> Graphs | None:
+        """Those made from `derived`, recorded again if need be; None if there are to be none, or no longer can."""
+        recorded, to_capture = self._graphs, self._to_capture
+        if to_capture is None or is_capturing(derived.weights.patch.weight):
             return None
-        recorded = self._graphs
-        if recorded is None or recorded[0] is not derived:
-            recorded = self._graphs = None  # their memory goes before new ones are made
-            batch_sizes, image_size = to_capture
-            image = self._example(image_size)
-            position = self._position(image[None], self._must_interpolate(image_size))
-            graphs = Graphs(
-                lambda pixels: forward(derived.ops, derived.weights, pixels, position), batch_sizes, image
-            )
-            recorded = self._graphs = derived, graphs
-        return recorded[1]
+        if recorded is not None and recorded[0] is derived:
+            return recorded[1]
+        try:
+            return self._record(derived, *to_capture)
+        except RuntimeError as error:  # out of memory, say: launched kernel by kernel it may do
+            self._to_capture = self._graphs = None
+            logger.warning("recording CUDA graphs again failed, there are none any more: %s", error)
+            return None
+
+    def _record(self, derived: Derived, batch_sizes: tuple[int, ...], image_size: int) -> Graphs:
+        with RECORDING:
+            recorded = self._graphs
+            if recorded is None or recorded[0] is not derived:  # else another thread was faster
+                recorded = self._graphs = None  # their memory goes before new ones are made
+                image = self._example(image_size)
+                position = self._position(image[None], self._must_interpolate(image_size, image_size))
+                graphs = Graphs(
+                    lambda pixels: forward(derived.ops, derived.weights, pixels, position), batch_sizes, image
+                )
+                recorded = self._graphs = derived, graphs
+            return recorded[1]
 
     def _example(self, image_size: int) -> Tensor:
         """An image `[C, H, W]` as the model takes it."""
         weight = self._tower.embeddings.patch_embedding.weight
         return weight.new_zeros((weight.shape[1], image_size, image_size))
 
-    def _must_interpolate(self, image_size: int) -> bool:
+    def _must_interpolate(self, height: int, width: int) -> bool:
         embeddings = self._tower.embeddings
-        patches = image_size // embeddings.patch_embedding.weight.shape[-1]
-        return patches**2 != len(embeddings.position_embedding.weight)
+        p = embeddings.patch_embedding.weight.shape[-1]
+        return (height // p) * (width // p) != len(embeddings.position_embedding.weight)
 
     def _is_derived(self) -> bool:
         derived = self._derived
@@ -338,7 +348,7 @@ class SiglipVisionModel(transformers.SiglipVisionModel):
             yield f"pixel_values are on {pixel_values.device}, the parameters on {weight.device}"
         elif reason := _backend_reason(self.backend, pixel_values.device):
             yield reason
-        elif _is_capturing(pixel_values) and not self._is_derived():
+        elif is_capturing(pixel_values) and not self._is_derived():
             yield _NOT_DERIVED
 
     def _request_reasons(self, kwargs: dict) -> Iterator[str]:
@@ -394,9 +404,13 @@ class SiglipVisionModel(transformers.SiglipVisionModel):
         return super().train(mode)
 
     def _apply(self, fn: Callable, *args, **kwargs) -> "SiglipVisionModel":
-        # moved or cast: do not keep the old copies until the next forward
-        self._derived = self._graphs = self._to_capture = None
+        self._drop()  # moved or cast: do not keep the old copies until the next forward
+        self._to_capture = None
         return super()._apply(fn, *args, **kwargs)
+
+    def _drop(self) -> None:
+        self._derived = self._graphs = None
+        self._handle.forget()
 
     def __getstate__(self) -> dict:
         # copies and pickles make their own
@@ -439,12 +453,6 @@ def _log_once(reason: str) -> None:
 
 
 _logged: set[str] = set()
-
-
-def _is_capturing(tensor: Tensor) -> bool:
-    if torch.compiler.is_compiling() or not (tensor.is_cuda and torch.cuda.is_initialized()):
-        return False
-    return torch.cuda.is_current_stream_capturing()
 
 
 def _is_transformers_own(attention: Callable | None) -> bool:

@@ -1,8 +1,8 @@
 """What was measured on this GPU: the cache file of `siglip-fast tune`, and the choice it holds for an operation.
 
-One JSON file a key (GPU, driver, torch, Triton, kernel sources), written whole or not at all, which people can ship:
-a file whose key is not this machine's is ignored. Tables go by operation, fixed shape and dtype, then by the number of
-rows, rounded up to a power of two.
+One JSON file a key (GPU, driver, libraries, kernel sources), written whole or not at all, which people can ship: a file
+whose key is not this machine's is ignored. Tables go by operation, fixed shape and dtype, then by the number of rows,
+rounded up to a power of two, then by how the operation is launched: eagerly, or from a CUDA graph.
 """
 
 import functools
@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import re
+from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
@@ -64,14 +65,23 @@ class Key(NamedTuple):
     driver: str
     torch: str
     triton: str
+    cudnn: str
+    flash_attn: str
     kernels: str  # hash of the sources
 
     @classmethod
     def of(cls, device: torch.device) -> "Key":
         import triton
 
-        gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-        return cls(gpu, _driver(), torch.__version__, triton.__version__, source_hash())
+        return cls(
+            gpu=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+            driver=_driver(),
+            torch=torch.__version__,
+            triton=triton.__version__,
+            cudnn=str(torch.backends.cudnn.version()),
+            flash_attn=_version("flash_attn"),
+            kernels=source_hash(),
+        )
 
     def path(self) -> Path:
         """Of the cache file, which need not exist."""
@@ -104,7 +114,8 @@ def bucket(rows: int) -> int:
     return 1 << max(rows - 1, 0).bit_length()
 
 
-Entries = dict[str, dict[str, dict]]  # str(Operation): {str(bucket): what siglip_fast.tuning found}
+LAUNCHES = ("eager", "graph")
+Entries = dict[str, dict[str, dict]]  # str(Operation): {str(bucket): what siglip_fast.tuning.select found}
 
 
 def read(key: Key) -> Entries:
@@ -114,13 +125,12 @@ def read(key: Key) -> Entries:
         content = json.loads(path.read_text())
         if content["format"] != FORMAT or content["key"] != key._asdict():
             raise ValueError("it is another version's or another machine's")
-        for buckets in content["operations"].values():
-            for rows, entry in buckets.items():
-                int(rows), _choice(entry)
+        if content["digest"] != _digest(content["operations"]):
+            raise ValueError("it was changed")
         return content["operations"]
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, LookupError, TypeError) as error:
         logger.warning("ignoring the measured configurations in %s: %s", path, error)
         return {}
 
@@ -128,9 +138,18 @@ def read(key: Key) -> Entries:
 def write(key: Key, entries: Entries) -> None:
     path = key.path()
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({"format": FORMAT, "key": key._asdict(), "operations": entries}, indent=1)
+    content = {"format": FORMAT, "key": key._asdict(), "digest": _digest(entries), "operations": entries}
     with atomic(path) as file:
-        file.write(text.encode())
+        file.write(json.dumps(content, indent=1).encode())
+
+
+def _digest(entries: Entries) -> str:
+    return hashlib.sha256(json.dumps(entries).encode()).hexdigest()
+
+
+def is_measured(entry: dict | None) -> bool:
+    """Whether an entry tells of a candidate that ran; else the default stays in force, and there is a reason why."""
+    return bool(entry and any(entry[launch]["microseconds"] for launch in LAUNCHES))
 
 
 class Selection:
@@ -147,36 +166,30 @@ class Selection:
             return cls({})
         key = Key.of(device)
         entries = read(key)
-        if not entries and device.type == "cuda":
+        measured = any(is_measured(entry) for buckets in entries.values() for entry in buckets.values())
+        if not measured and device.type == "cuda":
             _say_untuned(key.gpu)
         return cls(entries)
 
-    def choice(self, name: str, dims: tuple[int, ...], dtype: torch.dtype, rows: int) -> Choice:
-        """That of the nearest number of rows that was measured, or DEFAULT."""
-        key = (name, dims, dtype, rows)
+    def choice(
+        self, name: str, dims: tuple[int, ...], dtype: torch.dtype, rows: int, launch: str = "eager"
+    ) -> Choice:
+        """That of the nearest number of rows that was measured, or DEFAULT. `launch` is one of LAUNCHES."""
+        key = (name, dims, dtype, rows, launch)
         found = self._memo.get(key)
         if found is None:
-            found = self._memo[key] = self._find(Operation(name, dims, dtype), rows)
+            found = self._memo[key] = self._find(Operation(name, dims, dtype), rows, launch)
         return found
 
-    def _find(self, operation: Operation, rows: int) -> Choice:
+    def _find(self, operation: Operation, rows: int, launch: str) -> Choice:
         buckets = self._entries.get(str(operation), {})
         if not buckets:
             return DEFAULT
         # Both are powers of two, so the nearer one is the one with fewer bits of difference; of two, the larger.
         wanted = bucket(rows).bit_length()
         nearest = min(buckets, key=lambda b: (abs(int(b).bit_length() - wanted), -int(b)))
-        return _choice(buckets[nearest])
-
-
-def _choice(entry: dict) -> Choice:
-    """The one that an entry holds. Raises what malformed entries raise."""
-    if entry["route"] is None:  # nothing passed there
-        return DEFAULT
-    config = entry["config"]
-    if not isinstance(entry["route"], str) or not (config is None or isinstance(config, dict)):
-        raise ValueError(f"malformed entry {entry}")
-    return Choice(entry["route"], config)
+        found = buckets[nearest][launch]
+        return Choice(found["route"], found["config"]) if found["route"] else DEFAULT
 
 
 @functools.cache
@@ -189,6 +202,13 @@ def source_hash() -> str:
     for file in sorted(files, key=lambda file: (file.parent.name, file.name)):
         digest.update(file.name.encode() + b"\0" + file.read_bytes())
     return digest.hexdigest()[:16]
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "none"
 
 
 @functools.cache

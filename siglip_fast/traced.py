@@ -50,6 +50,10 @@ class Handle:
         self._renewed += 1
         self._make_tensor()
 
+    def forget(self) -> None:
+        """Let go of the weights that `renew` was given."""
+        self._source = None
+
     def vouches(self, renewed: int) -> bool:
         """Whether nothing was edited since before the graph began that was given the handle `renewed`."""
         return renewed == self._renewed and self._source is not None and self._source.is_unchanged()
@@ -76,6 +80,11 @@ def tower_reason(handle: Tensor) -> str | None:
     """
     if type(handle) is not Tensor:
         return "the model was made under a mode that fakes tensors"
+    from torch._inductor import config
+
+    if config.freezing:
+        # The handle would become a constant, also of the graph that Inductor's cache hands to the next process.
+        return "Inductor's freezing is on"
     model = _models[handle.item() >> 32]
     return model._current().reason(owner=model)
 

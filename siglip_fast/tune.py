@@ -16,6 +16,7 @@ def run(args: Namespace) -> int:
     device = pick_device(args.device)
     if device.type == "cpu" and not _can_interpret():
         raise UserError("there is nothing to tune on a CPU: --device cuda on a machine with a GPU")
+    from .selection import is_measured
     from .tuning import tune
 
     try:
@@ -30,22 +31,25 @@ def run(args: Namespace) -> int:
     except RuntimeError as error:
         raise UserError(first_line(error)) from error
     print(describe(report))
-    return 1 if report.left or any(entry["route"] is None for entry in report.entries.values()) else 0
+    return 1 if report.left or not all(map(is_measured, report.entries.values())) else 0
 
 
 def describe(report: "Report") -> str:
     """A table of what won against what, what was dropped and why, and what is left."""
-    lines = [f"{'operation':<44}{'rows':>8}{'µs':>10}{'vs vendor':>11}  fastest"]
+    from .selection import LAUNCHES, Choice
+
+    lines = [f"{'operation':<44}{'rows':>8}{'launched':>10}{'µs':>10}{'vs vendor':>11}  fastest"]
     dropped: list[str] = []
     for case, entry in report.entries.items():
-        times = entry["microseconds"]
-        vendor = min((t for name, t in times.items() if not name.startswith("triton")), default=None)
-        name = min(times, key=times.get, default=None) if entry["route"] is None else winner(entry)
-        time = f"{times[name]:.1f}" if name else "–"
-        ratio = f"{vendor / times[name]:.2f}" if name and vendor else "–"
-        lines.append(
-            f"{case.operation!s:<44}{case.rows:>8}{time:>10}{ratio:>11}  {name or 'the default, unmeasured'}"
-        )
+        for launch in LAUNCHES:
+            found = entry[launch]
+            times = found["microseconds"]
+            vendor = min((t for name, t in times.items() if not name.startswith("triton")), default=None)
+            name = str(Choice(found["route"], found["config"])) if found["route"] else None
+            time = f"{times[name]:.1f}" if name else "–"
+            ratio = f"{vendor / times[name]:.2f}" if name and vendor else "–"
+            figures = f"{case.operation!s:<44}{case.rows:>8}{launch:>10}{time:>10}{ratio:>11}"
+            lines.append(f"{figures}  {name or 'the default, unmeasured'}")
         dropped += [f"  {case}: {name}: {reason}" for name, reason in entry["dropped"].items()]
     if dropped:
         lines += ["", f"dropped ({len(dropped)}):", *dropped]
@@ -55,13 +59,6 @@ def describe(report: "Report") -> str:
             f"no time for {len(report.left)} of them (--budget): {', '.join(map(str, report.left))}",
         ]
     return "\n".join([*lines, "", f"written: {report.path}"])
-
-
-def winner(entry: dict) -> str:
-    """The name under which an entry's choice was timed."""
-    from .selection import Choice
-
-    return str(Choice(entry["route"], entry["config"]))
 
 
 def _can_interpret() -> bool:

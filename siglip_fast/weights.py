@@ -61,9 +61,12 @@ class Derived:
                 self._reason = str(unsupported)
         return self._reason
 
+    def has_uint8(self, normalization: Normalization) -> bool:
+        return normalization in self._uint8
+
     def for_uint8(self, normalization: Normalization) -> TowerWeights:
         """The weights, the patch embedding among them taking uint8 images that `normalization` is to be applied to."""
-        if normalization not in self._uint8:
+        if not self.has_uint8(normalization):
             with torch.inference_mode(False), torch.no_grad():
                 self._uint8[normalization] = self.weights._replace(
                     patch=normalization.fold(self.weights.patch)

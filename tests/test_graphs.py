@@ -20,19 +20,23 @@ from siglip_fast import graphs
 class FakeRecorder:
     """As `siglip_fast.graphs.Recorder`, on any device."""
 
-    recorded = 0
+    recorded, recording = 0, False
     replayed: list[int] = []
 
     def __init__(self, device):
         pass
 
     def record(self, run):
-        FakeRecorder.recorded += 1
+        assert not FakeRecorder.recording, "a process can capture one graph at a time"
+        FakeRecorder.recording, FakeRecorder.recorded = True, FakeRecorder.recorded + 1
         outputs = run()
+        FakeRecorder.recording = False
+        reference = weakref.ref(run)  # a graph keeps nothing alive that it reads
 
         def replay():
             FakeRecorder.replayed.append(len(outputs[0]))
-            for static, new in zip(outputs, run(), strict=True):
+            assert reference() is not None, "the graph reads memory that was freed"
+            for static, new in zip(outputs, reference()(), strict=True):
                 if static is not None:
                     static.copy_(new)
 
@@ -46,7 +50,7 @@ class FakeRecorder:
 def recorder(monkeypatch):
     """What was recorded and replayed."""
     real = graphs.Recorder
-    FakeRecorder.recorded, FakeRecorder.replayed = 0, []
+    FakeRecorder.recorded, FakeRecorder.recording, FakeRecorder.replayed = 0, False, []
     if DEVICE == "cpu":
         monkeypatch.setattr(graphs, "Recorder", FakeRecorder)
         return FakeRecorder
@@ -227,6 +231,62 @@ def test_two_threads(model, stock):
     assert failures == []
 
 
+@pytest.mark.parametrize("change", ["weights", "capture"])
+def test_threads_while_something_changes(model, stock, change):
+    """Each records, or waits for who does, or launches; none fails."""
+    model.capture([2])
+    failures = []
+
+    def work():
+        with torch.no_grad():
+            for _ in range(10):
+                try:
+                    model(pixels(2))
+                except Exception as error:
+                    failures.append(repr(error))
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for _ in range(3):
+        if change == "capture":
+            model.capture([2])
+        else:
+            with torch.no_grad():
+                getattr(model, "vision_model", model).encoder.layers[0].mlp.fc1.weight.mul_(1.0)
+    for thread in threads:
+        thread.join()
+    assert failures == []
+    assert_equal(model, stock, pixels(2))
+
+
+def test_recording_again_fails(model, stock, recorder, monkeypatch, caplog):
+    """The forward goes on without graphs."""
+    model.capture([2])
+    with torch.no_grad():
+        getattr(model, "vision_model", model).encoder.layers[0].mlp.fc1.weight.mul_(1.0)
+
+    def fail(self, run):
+        raise torch.OutOfMemoryError("of 80 GB")
+
+    monkeypatch.setattr(graphs.Recorder, "record", fail)
+    with caplog.at_level("WARNING"):
+        assert_equal(model, stock, pixels(2))
+        assert_equal(model, stock, pixels(2))
+    assert caplog.text.count("recording CUDA graphs again failed") == 1 and "of 80 GB" in caplog.text
+    assert recorder.replayed == []
+
+
+def test_pickled_before_there_were_graphs(model):
+    state = model.__getstate__()
+    for name in ("_graphs", "_to_capture"):
+        del state[name]
+    old = type(model).__new__(type(model))
+    old.__setstate__(state)
+    with torch.no_grad():
+        torch.testing.assert_close(old(pixels(2))[:], model(pixels(2))[:])
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -271,7 +331,7 @@ class TestInsideAnotherCapture:
         if DEVICE != "cpu":
             pytest.skip("pretends to capture; test_outer_capture really does")
         self.active = False
-        monkeypatch.setattr("siglip_fast.model._is_capturing", lambda tensor: self.active)
+        monkeypatch.setattr("siglip_fast.model.is_capturing", lambda tensor: self.active)
 
     def test_kernels_go_into_the_outer_one(self, model, stock, recorder):
         model.capture([2])
@@ -288,6 +348,17 @@ class TestInsideAnotherCapture:
         assert_equal(model, stock, pixels(2))
         self.active = True
         assert model.why_not(pixels(2)) is None or "gradients" in model.why_not(pixels(2))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@torch.no_grad()
+def test_a_second_gpu(model, stock):
+    model.capture([2])
+    other, other_stock = copy.deepcopy(model).to("cuda:1"), copy.deepcopy(stock).to("cuda:1")
+    other.capture([2])
+    for seed in (1, 2):
+        assert_equal(other, other_stock, pixels(2, seed=seed).to("cuda:1"))
+        assert_equal(model, stock, pixels(2, seed=seed))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

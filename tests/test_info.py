@@ -35,12 +35,13 @@ def test_what_runs_each_operation(tiny, device, capsys, monkeypatch):
     key = Key.of(torch.device(device))
     assert main(command) == 0
     assert "measured configurations: none for" in capsys.readouterr().out
-    entry = {"route": "vendor", "config": None, "microseconds": {"vendor": 1.0}, "dropped": {}}
-    write(key, {"layernorm 64 float16": {"16": entry}})
+    vendor = {"route": "vendor", "config": None, "microseconds": {"vendor": 1.0}}
+    ours = {"route": "triton", "config": None, "microseconds": {"triton": 1.0}}
+    write(key, {"layernorm 64 float16": {"16": {"eager": vendor, "graph": ours, "dropped": {}}}})
     assert main(command) == 0
     out = capsys.readouterr().out
     assert f"measured configurations: 1 of 1 operations in {key.path()}" in out
-    assert "  layernorm 64 float16, 9 rows: right, by vendor\n" in out
+    assert "  layernorm 64 float16, 9 rows: right, by vendor, in a CUDA graph by triton\n" in out
     assert "  attention 9x4x16 float16, 1 rows: right, by triton\n" in out
     monkeypatch.setenv("SIGLIP_FAST_TUNE", "off")
     assert main(command) == 0

@@ -175,6 +175,18 @@ def test_weights_changed_between_two_runs(stock, pixels, change):
     assert derived is not None and ours._derived is derived
 
 
+@torch.no_grad()
+def test_old_weights_are_let_go_when_the_model_is_moved(stock, pixels):
+    ours = drop_in(stock)
+    compiled = torch.compile(ours, fullgraph=True, backend="eager")
+    compiled(pixels)
+    edit_in_place(ours)
+    compiled(pixels)
+    assert ours._handle._source is not None
+    ours.to(torch.float16)
+    assert ours._handle._source is None
+
+
 def edit_and_run(model, pixels, edit):
     edit(model)
     return model(pixels)[:]
@@ -218,11 +230,12 @@ def test_functional_call(stock, pixels):
 
 
 @torch.no_grad()
-def test_frozen_weights(stock, pixels):
-    """They become constants of the graph."""
+def test_frozen_weights(stock, pixels, caplog):
+    """They become constants of the graph, as a handle would, which another process's graph could then have."""
     ours = drop_in(stock)
     with torch._inductor.config.patch(freezing=True):
         assert_close(torch.compile(ours, fullgraph=True)(pixels), stock(pixels))
+    assert "Inductor's freezing is on" in caplog.text
 
 
 @torch.no_grad()

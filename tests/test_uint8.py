@@ -8,6 +8,7 @@ import transformers
 from models import TINY, drop_in, stock_model
 from transformers import SiglipVisionConfig
 
+from siglip_fast import SiglipVisionModel
 from siglip_fast.ops import Ops, PatchEmbedding
 from siglip_fast.uint8 import normalization
 
@@ -150,6 +151,28 @@ class TestModel:
         plain = ours.forward_uint8(images)[0]
         ours.register_forward_hook(lambda module, args, output: output[0] + 1)
         torch.testing.assert_close(ours.forward_uint8(images), plain + 1, atol=1e-4, rtol=0)
+
+    @torch.no_grad()
+    def test_a_subclass_around_the_forward(self, backend, device):
+        class Zeroed(SiglipVisionModel):
+            def forward(self, *args, **kwargs):
+                output = super().forward(*args, **kwargs)
+                output.pooler_output.zero_()
+                return output
+
+        ours = Zeroed(SiglipVisionConfig(**TINY), backend=backend).eval().to(device)
+        images = random_images(1, 3, 24, 24).to(device)
+        assert not ours.forward_uint8(images).pooler_output.any()
+
+    @torch.no_grad()
+    def test_nothing_is_folded_inside_a_capture(self, device, monkeypatch):
+        ours = drop_in(stock_model(SiglipVisionConfig(**TINY)), backend="triton").to(device)
+        images = random_images(1, 3, 24, 24).to(device)
+        expected = ours(normalized(images, **SIGLIP).float())
+        monkeypatch.setattr("siglip_fast.model.is_capturing", lambda tensor: True)
+        actual = ours.forward_uint8(images)
+        assert not ours._derived.has_uint8(normalization(**SIGLIP, channels=3))
+        torch.testing.assert_close(actual[:], expected[:], atol=1e-5, rtol=0)
 
     def test_gradients(self):
         ours = drop_in(stock_model(SiglipVisionConfig(**TINY)))

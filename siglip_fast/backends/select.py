@@ -1,4 +1,4 @@
-"""Which backend runs on a device.
+"""Which backend runs on a device, and whether a CUDA graph is being captured there.
 
 auto     triton on CUDA and ROCm devices, cpu on CPUs
 triton   the fused kernels; on CPU tensors only where Triton itself can run them (its interpreter)
@@ -36,6 +36,13 @@ def load(name: str) -> Any:
     """What implements the operations for a backend's name: a module, or an object with the same functions."""
     module = importlib.import_module(f"siglip_fast.backends.{name}")
     return module.Backend() if name == "triton" else module
+
+
+def is_capturing(tensor: torch.Tensor) -> bool:
+    """Whether what is launched now on the tensor's device goes into a CUDA graph."""
+    if torch.compiler.is_compiling() or not (tensor.is_cuda and torch.cuda.is_initialized()):
+        return False
+    return torch.cuda.is_current_stream_capturing()
 
 
 @functools.cache

@@ -15,6 +15,7 @@ from siglip_fast.kernels.patch_embed import patch_embed as _patch_embed
 
 from ..selection import Choice, Selection
 from . import vendor
+from .select import is_capturing
 from .torch import pack_weight
 
 
@@ -29,7 +30,8 @@ def layernorm_linear(choice, hidden_states, moments, linear, gelu):
     if choice.route != "triton":
         return vendor.layernorm_linear(hidden_states, moments, linear, gelu)
     weight, colsum, bias, eps = linear
-    return _layernorm_linear(hidden_states, moments, weight, colsum, bias, eps, gelu, choice.config)
+    config = _fitting(choice.config, hidden_states, weight)
+    return _layernorm_linear(hidden_states, moments, weight, colsum, bias, eps, gelu, config)
 
 
 def attention(choice, qkv):
@@ -39,7 +41,9 @@ def attention(choice, qkv):
 def linear_residual(choice, x, linear, residual):
     if choice.route != "triton":
         return vendor.linear_residual(x, linear, residual)
-    return _linear_residual(x, linear.weight, linear.bias, residual, choice.config)
+    return _linear_residual(
+        x, linear.weight, linear.bias, residual, _fitting(choice.config, x, linear.weight)
+    )
 
 
 def layernorm(choice, hidden_states, moments, norm):
@@ -52,6 +56,13 @@ def attention_pool(choice, hidden_states, pool):
     if choice.route != "triton":
         return vendor.attention_pool(hidden_states, pool)
     return _attention_pool(hidden_states, pool.scores, pool.value.weight, pool.value.bias, choice.config)
+
+
+def _fitting(config: dict | None, *operands: torch.Tensor) -> dict | None:
+    """None, the default, instead of tensor descriptors where a parameter lies at an address that they cannot take."""
+    if config and config.get("TMA") and any(tensor.data_ptr() % 16 for tensor in operands):
+        return None
+    return config
 
 
 class Backend:
@@ -93,13 +104,20 @@ class Backend:
         return attention_pool(choice, hidden_states, pool)
 
     def choice(
-        self, name: str, dims: tuple[int, ...], dtype: torch.dtype, rows: int, device: torch.device
+        self,
+        name: str,
+        dims: tuple[int, ...],
+        dtype: torch.dtype,
+        rows: int,
+        device: torch.device,
+        launch: str,
     ) -> Choice:
         """What runs an operation (see `siglip_fast.selection.Operation`) on so many rows."""
         selection = self._selections.get(device)
         if selection is None:
             selection = self._selections[device] = Selection.load(device)
-        return selection.choice(name, dims, dtype, rows)
+        return selection.choice(name, dims, dtype, rows, launch)
 
     def _choice(self, name: str, dims: tuple[int, ...], tensor: torch.Tensor, rows: int) -> Choice:
-        return self.choice(name, dims, tensor.dtype, rows, tensor.device)
+        launch = "graph" if is_capturing(tensor) else "eager"
+        return self.choice(name, dims, tensor.dtype, rows, tensor.device, launch)

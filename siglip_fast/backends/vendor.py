@@ -4,9 +4,10 @@ What `siglip-fast tune` measures the fused kernels against: cuBLAS and cuBLASLt 
 torch's scaled_dot_product_attention, the flash-attn package. Contracts are in `siglip_fast.ops`.
 """
 
+import importlib.util
+
 import torch
 from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from siglip_fast.kernels.residual_epilogue import residual_epilogue
 
@@ -14,11 +15,20 @@ from . import torch as plain
 from .torch import attention_pool as attention_pool
 from .torch import layernorm as layernorm
 
+aten = torch.ops.aten
+# By the operators themselves: torch.nn.attention.sdpa_kernel would set flags of the whole process in each forward.
 SDPA = {
-    "sdpa flash": SDPBackend.FLASH_ATTENTION,
-    "sdpa cudnn": SDPBackend.CUDNN_ATTENTION,
-    "sdpa efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "sdpa flash": lambda q, k, v: aten._scaled_dot_product_flash_attention(q, k, v)[0],
+    "sdpa cudnn": lambda q, k, v: aten._scaled_dot_product_cudnn_attention(q, k, v, None, False)[0],
+    "sdpa efficient": lambda q, k, v: aten._scaled_dot_product_efficient_attention(q, k, v, None, False)[0],
 }
+
+
+def routes(operation: str) -> list[str]:
+    """The names of the vendor's routes for an operation; some may not exist on a device."""
+    if operation != "attention":
+        return ["vendor"]
+    return ["sdpa", *SDPA, *(["flash_attn"] if importlib.util.find_spec("flash_attn") else [])]
 
 
 def patch_embed(pixel_values, patch, position):
@@ -41,10 +51,11 @@ def linear_residual(x, linear, residual):
 
 
 def attention(qkv, route):
-    """By "flash_attn", or by the SDPA backend of that name."""
+    """By the flash-attn package, the SDPA operator of that name, or "sdpa": the one that torch chooses."""
     if route == "flash_attn":
         from flash_attn import flash_attn_qkvpacked_func
 
         return flash_attn_qkvpacked_func(qkv)
-    with sdpa_kernel(SDPA[route]):
+    if route == "sdpa":
         return plain.attention(qkv)
+    return SDPA[route](*(part.transpose(1, 2) for part in qkv.unbind(2))).transpose(1, 2).contiguous()

@@ -12,7 +12,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,13 +24,14 @@ from transformers import SiglipVisionConfig
 
 from .. import selection
 from ..backends.select import backend_for
-from ..loading import UserError, first_line
+from ..loading import first_line
 from ..selection import Entries, Key
 from .cases import Case, cases, encode
 from .select import unmeasured
 
 logger = logging.getLogger("siglip_fast")
 
+PREPARATION = "preparation"  # takes a candidate's place in the worker's events; if it fails, so does the case
 WORKER = [sys.executable, "-m", "siglip_fast.tuning.worker"]
 FIRST_CONTACT_BUDGET = 300.0  # seconds
 STALL = 120.0  # seconds that one candidate may take, compilation included, before it counts as hanging
@@ -72,22 +74,14 @@ def tune(
     for size in batch_sizes:
         if not isinstance(size, int) or size < 1:
             raise ValueError(f"batch_sizes: expected positive integers, got {size!r}")
-    if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", torch.cuda.current_device())
+    device = _with_index(device)
     backend_for("triton", device)  # raises where it cannot run
-    key = Key.of(device)
     if tokens is None:
         tokens = (config.image_size // config.patch_size) ** 2
     todo = cases(config, tokens, dtype, batch_sizes)
+    key = Key.of(device)
     with _lock(key):
-        entries = selection.read(key)
-        wanted = [case for case in todo if force or not _is_measured(_find(entries, case))]
-        try:
-            _measure(wanted, entries, key, device, time.monotonic() + budget, worker, stall)
-        finally:
-            selection.write(key, entries)
-    found = {case: entry for case in todo if (entry := _find(entries, case))}
-    return Report(found, [case for case in todo if case not in found], key.path())
+        return _tune(todo, key, device, budget, force, worker, stall)
 
 
 def first_contact(
@@ -96,31 +90,49 @@ def first_contact(
     """With SIGLIP_FAST_TUNE=auto: measure what the cache holds nothing about, once. Never fails; says what it does."""
     if selection.mode() != "auto":
         return
+    device = _with_index(device)
     key = Key.of(device)
     wanted = cases(config, tokens, dtype, [batch_size])
-    known = selection.read(key)
-    if all(str(case.operation) in known for case in wanted):
-        return
-    logger.warning("measuring kernel configurations for %s, once (SIGLIP_FAST_TUNE=auto)", key.gpu)
-    reason = "there was no time for it"
     try:
-        tune(config, dtype, [batch_size], device, tokens=tokens, budget=FIRST_CONTACT_BUDGET)
-    except Exception as error:
-        reason = _say_failed(error)
-    try:
+        if _all_known(wanted, key):
+            return
         with _lock(key):
+            if _all_known(wanted, key):  # by another process, while this one waited
+                return
+            logger.warning("measuring kernel configurations for %s, once (SIGLIP_FAST_TUNE=auto)", key.gpu)
+            _tune(wanted, key, device, FIRST_CONTACT_BUDGET, False, WORKER, STALL)
             entries = selection.read(key)
-            for case in wanted:  # what was not measured is noted, or every process would try it again
-                entries.setdefault(str(case.operation), {}).setdefault(_bucket(case), unmeasured(reason))
+            for case in wanted:  # or every process would try again what there was no time for
+                entry = unmeasured("there was no time for it")
+                entries.setdefault(str(case.operation), {}).setdefault(_bucket(case), entry)
             selection.write(key, entries)
-    except (OSError, UserError) as error:  # a cache folder that may not be written to
-        _say_failed(error)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        logger.warning("measuring failed, the built-in configurations stay in force: %s", reason)
 
 
-def _say_failed(error: Exception) -> str:
-    reason = f"{type(error).__name__}: {first_line(error)}"
-    logger.warning("measuring failed, the built-in configurations stay in force: %s", reason)
-    return reason
+def _all_known(wanted: list[Case], key: Key) -> bool:
+    known = selection.read(key)
+    return all(str(case.operation) in known for case in wanted)
+
+
+def _tune(
+    todo: list[Case],
+    key: Key,
+    device: torch.device,
+    budget: float,
+    force: bool,
+    worker: Sequence[str],
+    stall: float,
+) -> Report:
+    entries = selection.read(key)
+    wanted = [case for case in todo if force or not selection.is_measured(_find(entries, case))]
+    try:
+        _measure(wanted, entries, key, device, time.monotonic() + budget, worker, stall)
+    finally:
+        selection.write(key, entries)
+    found = {case: entry for case in todo if (entry := _find(entries, case))}
+    return Report(found, [case for case in todo if case not in found], key.path())
 
 
 def _measure(
@@ -135,9 +147,16 @@ def _measure(
     """Fill `entries`, starting the worker again without the candidate that ended it."""
     skipped: dict[Case, dict[str, str]] = {case: {} for case in wanted}
     names = {str(case): case for case in wanted}
+
+    def done(case: Case, entry: dict) -> None:
+        entries.setdefault(str(case.operation), {})[_bucket(case)] = entry
+        selection.write(key, entries)
+        del skipped[case]
+        bar.update()
+
     with tqdm(total=len(wanted), unit="case", desc="tuning", disable=None) as bar:
         while skipped and time.monotonic() < deadline:
-            current, candidate = None, None
+            case, candidate, started = None, None, False
             request = {
                 "device": str(device),
                 "seconds": deadline - time.monotonic(),
@@ -145,25 +164,20 @@ def _measure(
             }
             try:
                 for event in _events(command, request, stall):
-                    current = names[event["case"]]
-                    if "entry" in event:
-                        entries.setdefault(str(current.operation), {})[_bucket(current)] = event["entry"]
-                        selection.write(key, entries)
-                        del skipped[current]
-                        current = None
-                        bar.update()
+                    case, candidate, started = names[event["case"]], event.get("candidate"), True
+                    if candidate is None:
+                        done(case, event["entry"])
                     else:
-                        candidate = event["candidate"]
-                        bar.set_postfix_str(f"{current.operation.name}: {candidate}")
-            except WorkerDied as death:
-                if current is None:
-                    raise RuntimeError(
-                        f"the tuning process failed before any candidate ran: {death}"
-                    ) from death
-                logger.warning("tuning %s: %s %s", current, candidate, death)
-                skipped[current][candidate] = str(death)
-            else:
+                        bar.set_postfix_str(f"{case.operation.name}: {candidate}", refresh=False)
                 return  # all done, or out of time
+            except WorkerDied as death:
+                if not started:
+                    raise RuntimeError(f"the tuning process failed before it began: {death}") from death
+                if candidate is not None:
+                    logger.warning("tuning %s: %s %s", case, candidate, death)
+                    skipped[case][candidate] = str(death)
+                    if candidate == PREPARATION:
+                        done(case, unmeasured(str(death)))
 
 
 class WorkerDied(Exception):
@@ -172,52 +186,66 @@ class WorkerDied(Exception):
 
 def _events(command: Sequence[str], request: dict, stall: float) -> Iterator[dict]:
     """The worker's events, until it ends by itself with exit status 0."""
-    # Not "auto" in there: the worker measures, it does not ask for measurements.
-    environment = os.environ | {"SIGLIP_FAST_TUNE": "off"}
+    environment = os.environ | {
+        "SIGLIP_FAST_TUNE": "off",  # the worker measures, it does not ask for measurements
+        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),  # it finds this package as this process did
+    }
+    reader, writer = os.pipe()
     process = subprocess.Popen(
-        command,
+        [*command, str(writer)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True,
+        errors="replace",
         env=environment,
+        pass_fds=[writer],
     )
-    lines: queue.Queue[str | None] = queue.Queue()
-    errors: list[str] = []
+    os.close(writer)
+    events: queue.Queue[str | None] = queue.Queue()
+    said: deque[str] = deque(maxlen=200)
 
     def pump() -> None:
-        for line in process.stdout:
-            lines.put(line)
-        lines.put(None)
+        with open(reader) as lines:
+            for line in lines:
+                events.put(line)
+        events.put(None)
 
-    threads = [threading.Thread(target=pump, daemon=True)]
-    threads += [threading.Thread(target=lambda: errors.extend(process.stderr), daemon=True)]
-    for thread in threads:
+    listener = threading.Thread(target=lambda: said.extend(process.stdout), daemon=True)
+    for thread in (listener, threading.Thread(target=pump, daemon=True)):
         thread.start()
     try:
         with process.stdin as stdin:
             json.dump(request, stdin)
-        while (line := lines.get(timeout=stall)) is not None:
+        while (line := events.get(timeout=stall)) is not None:
             yield json.loads(line)
-        if status := process.wait():
-            threads[1].join(timeout=1)
-            last = errors[-1].strip() if errors else "no message"
-            raise WorkerDied(f"ended the process (exit status {status}: {last})")
+        if status := process.wait(timeout=stall):
+            listener.join(timeout=1)
+            raise WorkerDied(f"ended the process (exit status {status}: {_error_in(said)})")
     except BrokenPipeError:
         raise WorkerDied(f"did not read its request (exit status {process.wait()})") from None
-    except queue.Empty:
+    except (queue.Empty, subprocess.TimeoutExpired):
         raise WorkerDied(f"gave no result in {stall:.0f} s") from None
     finally:
         process.kill()
         process.wait()
 
 
+def _error_in(lines: Iterable[str]) -> str:
+    """The last line that speaks of an error, or else the last one."""
+    lines = [line.strip() for line in lines if line.strip()]
+    errors = [line for line in lines if "error" in line.lower()]
+    return (errors or lines or ["no message"])[-1]
+
+
+def _with_index(device: torch.device) -> torch.device:
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
 def _find(entries: Entries, case: Case) -> dict | None:
     return entries.get(str(case.operation), {}).get(_bucket(case))
-
-
-def _is_measured(entry: dict | None) -> bool:
-    return bool(entry and entry["microseconds"])
 
 
 def _bucket(case: Case) -> str:

@@ -1,7 +1,6 @@
 """What may run an operation: the configurations of our kernels, and the vendor's routes."""
 
 import contextlib
-import importlib.util
 import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +18,7 @@ from siglip_fast.kernels.linear_residual import linear_residual_configs
 from siglip_fast.kernels.patch_embed import patch_embed_configs
 
 from ..backends import triton as routes
-from ..backends.vendor import SDPA
+from ..backends import vendor
 from ..selection import DEFAULT, Choice
 from .cases import Case
 
@@ -37,14 +36,7 @@ def candidates(case: Case) -> list[Choice]:
         "attention_pool": lambda: attention_pool_configs(dtype),
     }[name]()
     # The default as such, not its figures: the cache then says that it won.
-    return [DEFAULT, *(Choice("triton", config) for config in configs[1:]), *vendor_routes(name)]
-
-
-def vendor_routes(name: str) -> list[Choice]:
-    if name != "attention":
-        return [Choice("vendor")]
-    packages = ["flash_attn"] if importlib.util.find_spec("flash_attn") else []
-    return [Choice(route) for route in [*SDPA, *packages]]
+    return [DEFAULT, *(Choice("triton", config) for config in configs[1:]), *map(Choice, vendor.routes(name))]
 
 
 def run(case: Case, choice: Choice, args: tuple) -> Any:

@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Callable
 
 from ..loading import first_line
-from ..selection import Choice
+from ..selection import LAUNCHES, Choice
 
 MARGIN = 1.02  # so much faster than the best vendor route one of our kernels has to be
 FIRST_ROUNDS, ROUNDS = 3, 15
@@ -19,17 +19,19 @@ Announce = Callable[[Choice], None]
 def select(
     candidates: list[Choice],
     check: Check,
-    timer: Timer,
+    timers: dict[str, Timer],
     announce: Announce = lambda choice: None,
     dropped: dict[str, str] | None = None,
 ) -> dict:
-    """The entry that goes into the cache: the winner's route and config, medians in µs, and what was dropped and why.
+    """The entry that goes into the cache: for each way of launching the winner and the medians in µs; and what was
+    dropped, with the reason.
 
-    `announce` is called before a candidate first runs; `dropped` names those that must not run at all. The route is
-    None where no candidate is left: the default runs then, unmeasured.
+    `timers` has one for each of `siglip_fast.selection.LAUNCHES`. `announce` is called before a candidate runs;
+    `dropped` names those that must not run at all. A route is None where no candidate is left: the default runs then,
+    unmeasured.
     """
     dropped = dict(dropped or {})
-    samples: dict[Choice, Sample] = {}
+    samples: dict[str, dict[Choice, Sample]] = {launch: {} for launch in timers}
     for choice in candidates:
         if str(choice) in dropped:
             continue
@@ -37,32 +39,35 @@ def select(
         try:
             if reason := check(choice):
                 dropped[str(choice)] = reason
-            else:
-                samples[choice] = timer(choice)
+                continue
+            made = {launch: timer(choice) for launch, timer in timers.items()}
         except Exception as error:  # whatever a compiler, a driver or a library raises: not a candidate here
             dropped[str(choice)] = f"{type(error).__name__}: {first_line(error)}"
-    medians = measure(samples)
-    route, config = decide(medians) or (None, None)
-    return {
-        "route": route,
-        "config": config,
-        "microseconds": {str(choice): round(1e6 * seconds, 2) for choice, seconds in medians.items()},
-        "dropped": dropped,
-    }
+            continue
+        for launch, sample in made.items():
+            samples[launch][choice] = sample
+    return {launch: _result(measure(samples[launch], announce)) for launch in timers} | {"dropped": dropped}
 
 
 def unmeasured(reason: str) -> dict:
     """The entry of a case for which no candidate ran: its default stays in force."""
-    return {"route": None, "config": None, "microseconds": {}, "dropped": {"all": reason}}
+    return {launch: _result({}) for launch in LAUNCHES} | {"dropped": {"all": reason}}
 
 
-def measure(samples: dict[Choice, Sample]) -> dict[Choice, float]:
+def _result(medians: dict[Choice, float]) -> dict:
+    route, config = decide(medians) or (None, None)
+    microseconds = {str(choice): round(1e6 * seconds, 2) for choice, seconds in medians.items()}
+    return {"route": route, "config": config, "microseconds": microseconds}
+
+
+def measure(samples: dict[Choice, Sample], announce: Announce) -> dict[Choice, float]:
     """Median seconds of each, all taking turns, so that a clock that changes is unfair to none."""
     seconds: dict[Choice, list[float]] = {choice: [] for choice in samples}
     remaining = samples
     for rounds in (FIRST_ROUNDS, ROUNDS):
         for _ in range(rounds):
             for choice, sample in remaining.items():
+                announce(choice)
                 seconds[choice].append(sample())
         medians = {choice: statistics.median(values) for choice, values in seconds.items()}
         limit = STILL_IN * min(medians.values(), default=0)

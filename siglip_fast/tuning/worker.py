@@ -1,10 +1,12 @@
-"""The process that runs the candidates: `python -m siglip_fast.tuning.worker`, started by `siglip_fast.tuning`.
+"""The process that runs the candidates: `python -m siglip_fast.tuning.worker FD`, started by `siglip_fast.tuning`.
 
 A wrong kernel can end it, hang it or ruin its CUDA context, and nothing else. A request comes as JSON on stdin; a line
-of JSON goes to stdout before each candidate ({"case", "candidate"}) and after each case ({"case", "entry"}).
+of JSON goes to the file descriptor FD before each candidate ({"case", "candidate"}) and after each case ({"case",
+"entry"}).
 """
 
 import json
+import os
 import sys
 import time
 from typing import Any
@@ -15,20 +17,21 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from ..loading import first_line
 from ..selection import Choice
+from . import PREPARATION
 from .candidates import candidates, compile_ahead, run
 from .cases import Case, decode, inputs
 from .select import Announce, Sample, Timer, select, unmeasured
-from .verify import Verifier, end_if_ruined
+from .verify import Verifier, end, end_if_ruined
 
 MAX_COPIES = 128
 COMPILATION = (
-    "compilation of all"  # takes a candidate's place in events: if it crashes, each is compiled when it runs
+    "compilation of all"  # takes a candidate's place in events; where it crashes, each is compiled by itself
 )
 
 
 def main() -> None:
     request = json.load(sys.stdin)
-    events, sys.stdout = sys.stdout, sys.stderr  # whatever a library prints is no event
+    events = os.fdopen(int(sys.argv[1]), "w")
     device = torch.device(request["device"])
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -41,60 +44,85 @@ def main() -> None:
         case = decode(item)
 
         def announce(candidate: str | Choice, case: Case = case) -> None:
-            if time.monotonic() > deadline:
-                sys.exit()  # a case that was not finished is not told
             emit(case=str(case), candidate=str(candidate))
 
-        emit(case=str(case), entry=_entry(case, device, announce, skipped))
+        entry = _entry(case, device, announce, skipped, deadline)
+        if entry is None:
+            return  # a case that was not finished is not told
+        emit(case=str(case), entry=entry)
 
 
-def _entry(case: Case, device: torch.device, announce: Announce, skipped: dict[str, str]) -> dict:
+def _entry(
+    case: Case, device: torch.device, announce: Announce, skipped: dict[str, str], deadline: float
+) -> dict | None:
+    """What `select` found, or None if it is too late."""
+    announce(PREPARATION)
     try:
         args = inputs(case, device)
-        check = Verifier(case, device, args)
-        timer = graph_timer(case, args, device) if device.type == "cuda" else wall_timer(case, args)
+        verifier = Verifier(case, device, args)
+        timers = cuda_timers(case, args, device) if device.type == "cuda" else wall_timers(case, args)
     except torch.OutOfMemoryError as error:
         return unmeasured(f"its inputs do not fit: {first_line(error)}")
     choices = candidates(case)
     if device.type == "cuda" and COMPILATION not in skipped:
         announce(COMPILATION)
         compile_ahead(case, (choice for choice in choices if str(choice) not in skipped), args)
-    return select(choices, lambda choice: check(lambda: run(case, choice, args)), timer, announce, skipped)
+
+    def check(choice: Choice) -> str | None:
+        if time.monotonic() > deadline:
+            raise TooLate
+        return verifier(lambda: run(case, choice, args))
+
+    try:
+        return select(choices, check, timers, announce, skipped)
+    except TooLate:
+        return None
 
 
-def graph_timer(case: Case, args: tuple, device: torch.device) -> Timer:
-    """Times graph replays, which cost no launches, on as many copies of the arguments as exceed the L2 cache twice."""
+class TooLate(BaseException):
+    """The deadline has passed. No Exception: `select` takes those for a candidate's."""
+
+
+def cuda_timers(case: Case, args: tuple, device: torch.device) -> dict[str, Timer]:
+    """Both ways of launching a candidate on copies of the arguments, as many as exceed the L2 cache twice, but at most
+    MAX_COPIES: replays of a graph of all of them, and eager calls one after the other, which cost what is slower, the
+    GPU or the launches."""
     size = sum(t.numel() * t.element_size() for t in tree_leaves(args) if isinstance(t, Tensor))
     needed = 2 * torch.cuda.get_device_properties(device).L2_cache_size / size
     copies = [args, *(_copy(args) for _ in range(min(int(needed), MAX_COPIES - 1)))]
-    pool = torch.cuda.graph_pool_handle()
+    pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
 
-    def timer(choice: Choice) -> Sample:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
-            for copy in copies:
-                run(case, choice, copy)
-        graph.replay()
-        end_if_ruined(device)  # what fails only in a graph fails here, where it is known whose it is
+    def seconds(launch) -> float:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        launch()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3 / len(copies)
 
-        def sample() -> float:
-            start.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            return start.elapsed_time(end) / 1e3 / len(copies)
+    def call_all(choice: Choice) -> None:
+        for copy in copies:
+            run(case, choice, copy)
 
-        return sample
+    def graph(choice: Choice) -> Sample:
+        captured = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(captured, pool=pool, stream=stream):
+                call_all(choice)
+        except Exception as error:  # a failed capture may leave streams and allocator in that state
+            end(error)
+        captured.replay()
+        end_if_ruined(device)  # what fails only in a graph fails here, where it is known whose it is
+        return lambda: seconds(captured.replay)
 
-    return timer
+    return {"eager": lambda choice: lambda: seconds(lambda: call_all(choice)), "graph": graph}
 
 
 def _copy(args: tuple) -> tuple:
     return tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, args)
 
 
-def wall_timer(case: Case, args: tuple) -> Timer:
+def wall_timers(case: Case, args: tuple) -> dict[str, Timer]:
     """For devices without graphs, where only the machinery of tuning is tried."""
 
     def timer(choice: Choice) -> Sample:
@@ -105,7 +133,7 @@ def wall_timer(case: Case, args: tuple) -> Timer:
 
         return sample
 
-    return timer
+    return {"eager": timer, "graph": lambda choice: lambda: 1.0}
 
 
 if __name__ == "__main__":
