@@ -41,10 +41,10 @@ class Graphs:
 
     def batch_size_for(self, pixel_values: Tensor) -> int | None:
         """The captured batch size that these images run on, or None: the next one that is less than twice theirs."""
-        size = min((size for size in self._graphs if size >= len(pixel_values)), default=None)
-        if size is None or size >= 2 * len(pixel_values) or pixel_values.shape[1:] != self._image.shape:
+        if pixel_values.ndim != 4 or pixel_values.shape[1:] != self._image.shape:
             return None
-        return size
+        size = min((size for size in self._graphs if size >= len(pixel_values)), default=None)
+        return size if size is not None and size < 2 * len(pixel_values) else None
 
     def replay(self, size: int, pixel_values: Tensor) -> Outputs:
         """The forward of `pixel_values [B, C, H, W]` with B ≤ size, cast to the graph's dtype."""

@@ -40,12 +40,14 @@ def check_operations(
 ) -> bool:
     """Prints, for each operation of a forward of one image, what runs it and whether its result is right here."""
     from .backends.select import load
+    from .selection import LAUNCHES, Selection
     from .tuning.cases import cases, inputs
     from .tuning.verify import Verifier
 
     implementation = load(backend)
     if backend == "triton":
         print(f"measured configurations: {cache_state(device)}")
+        selection = Selection.load(device)
     print("operations, each checked against higher precision on made-up inputs:")
     all_right = True
     for case in cases(config, (config.image_size // config.patch_size) ** 2, dtype, [1]):
@@ -56,16 +58,12 @@ def check_operations(
         except Exception as error:  # a self-check tells of whatever fails
             wrong = f"{type(error).__name__}: {first_line(error)}"
         all_right &= wrong is None
-        by = f", by {_choices(implementation, case, device)}" if backend == "triton" else ""
-        print(f"  {case}: {wrong or 'right'}{by}")
+        print(f"  {case}: {wrong or 'right'}")
+        if backend == "triton":
+            for launch in LAUNCHES:
+                choice = selection.choice(*case.operation, case.rows, launch)
+                print(f"    {launch}: {choice} ({selection.reason(case.operation, case.rows, launch)})")
     return all_right
-
-
-def _choices(implementation: Any, case: Any, device: "torch.device") -> str:
-    from .selection import LAUNCHES
-
-    eager, graph = (implementation.choice(*case.operation, case.rows, device, launch) for launch in LAUNCHES)
-    return str(eager) if graph == eager else f"{eager}, in a CUDA graph by {graph}"
 
 
 def packed(args: tuple, implementation: Any) -> list:

@@ -398,9 +398,7 @@ class SiglipVisionModel(transformers.SiglipVisionModel):
 
     def train(self, mode: bool = True) -> "SiglipVisionModel":
         if mode != self.training:
-            self._derived = self._graphs = (
-                None  # training needs the memory, and is about to change the weights
-            )
+            self._drop()  # training needs the memory, and is about to change the weights
         return super().train(mode)
 
     def _apply(self, fn: Callable, *args, **kwargs) -> "SiglipVisionModel":

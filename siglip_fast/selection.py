@@ -181,15 +181,30 @@ class Selection:
             found = self._memo[key] = self._find(Operation(name, dims, dtype), rows, launch)
         return found
 
+    def reason(self, operation: Operation, rows: int, launch: str) -> str:
+        """Why `choice` answers as it does, in words."""
+        entry = self._nearest(operation, rows)
+        if entry is None:
+            return "built-in, not measured"
+        found = entry[launch]
+        if not found["route"]:
+            return f"built-in, nothing passed: {'; '.join(entry['dropped'].values())}"
+        times = found["microseconds"]
+        own = times[str(Choice(found["route"], found["config"]))]
+        vendor = min((t for name, t in times.items() if not name.startswith(DEFAULT.route)), default=None)
+        return f"measured: {own} µs" + (f", the vendor's best {vendor} µs" if vendor else "")
+
     def _find(self, operation: Operation, rows: int, launch: str) -> Choice:
+        entry = self._nearest(operation, rows)
+        found = entry and entry[launch]
+        return Choice(found["route"], found["config"]) if found and found["route"] else DEFAULT
+
+    def _nearest(self, operation: Operation, rows: int) -> dict | None:
         buckets = self._entries.get(str(operation), {})
-        if not buckets:
-            return DEFAULT
         # Both are powers of two, so the nearer one is the one with fewer bits of difference; of two, the larger.
         wanted = bucket(rows).bit_length()
-        nearest = min(buckets, key=lambda b: (abs(int(b).bit_length() - wanted), -int(b)))
-        found = buckets[nearest][launch]
-        return Choice(found["route"], found["config"]) if found["route"] else DEFAULT
+        nearest = min(buckets, key=lambda b: (abs(int(b).bit_length() - wanted), -int(b)), default=None)
+        return buckets.get(nearest)
 
 
 @functools.cache

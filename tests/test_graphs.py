@@ -176,6 +176,13 @@ def test_another_size_runs_without_a_graph(model, stock, recorder):
         model(pixels(2, size=32))
 
 
+@pytest.mark.parametrize("shape", [(), (3, 24, 24), (2, 1, 24, 24)])
+def test_wrong_shapes_are_told_as_without_a_graph(model, shape):
+    model.capture([2])
+    with torch.no_grad(), pytest.raises(ValueError, match="pixel_values: expected shape"):
+        model(torch.zeros(shape, device=DEVICE))
+
+
 def test_captured_at_another_size(model, stock, recorder):
     model.capture([2], image_size=32)
     assert_equal(model, stock, pixels(2, size=32), interpolate_pos_encoding=True)

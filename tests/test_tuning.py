@@ -482,10 +482,7 @@ def test_descriptors_where_a_parameter_is_not_aligned(name, dims, device):
     entries = {str(case.operation): {"32": {"eager": found, "graph": found, "dropped": {}}}}
     backend = select.load("triton")
     backend._selections[torch.device(device)] = selection.Selection(entries)
-    assert (
-        args[i].weight.data_ptr() % 16
-        and backend.choice(*case.operation, 18, torch.device(device), "eager").config
-    )
+    assert args[i].weight.data_ptr() % 16 and backend._choice(name, dims, args[0], 18).config == tile
     assert Verifier(case, torch.device(device), tuple(args))(lambda: getattr(backend, name)(*args)) is None
 
 

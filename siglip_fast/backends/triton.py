@@ -103,21 +103,9 @@ class Backend:
         choice = self._choice("attention_pool", (N, D, len(pool.scores)), hidden_states, B)
         return attention_pool(choice, hidden_states, pool)
 
-    def choice(
-        self,
-        name: str,
-        dims: tuple[int, ...],
-        dtype: torch.dtype,
-        rows: int,
-        device: torch.device,
-        launch: str,
-    ) -> Choice:
-        """What runs an operation (see `siglip_fast.selection.Operation`) on so many rows."""
-        selection = self._selections.get(device)
-        if selection is None:
-            selection = self._selections[device] = Selection.load(device)
-        return selection.choice(name, dims, dtype, rows, launch)
-
     def _choice(self, name: str, dims: tuple[int, ...], tensor: torch.Tensor, rows: int) -> Choice:
+        selection = self._selections.get(tensor.device)
+        if selection is None:
+            selection = self._selections[tensor.device] = Selection.load(tensor.device)
         launch = "graph" if is_capturing(tensor) else "eager"
-        return self.choice(name, dims, tensor.dtype, rows, tensor.device, launch)
+        return selection.choice(name, dims, tensor.dtype, rows, launch)
