@@ -5,7 +5,6 @@ Every round runs each candidate once, so that a busy machine or a falling clock 
 
 import gc
 import math
-import re
 import statistics
 import time
 from collections.abc import Callable
@@ -18,6 +17,8 @@ from cases import Case
 from matmul_limit import matmul_peak
 from peers import Missing
 from torch import Tensor
+
+from siglip_fast.loading import without_folders
 
 OURS = "siglip_fast"  # the candidate that pytest-benchmark times, and whose names begin so
 LEAST_SECONDS = 0.05  # of a turn: several forwards where one is short
@@ -81,7 +82,7 @@ class Dropping:
 def publishable(error: BaseException) -> str:
     """Short, and without folders: it ends up in a report that people publish."""
     line = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return re.sub(r"(?<!\w)/(?:[^\s/'\"]+/)+", "", line)[:150]
+    return without_folders(line)[:150]
 
 
 def wall_turn(run: Callable[[], Tensor]) -> Turn:

@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .backends.select import for_graph
+
 RECORDING = threading.RLock()  # CUDA allows one capture at a time in a process
 
 Outputs = tuple[Tensor, Tensor | None]
@@ -80,17 +82,20 @@ class Recorder:
     def record(self, run: Callable[[], Outputs]) -> tuple[Callable[[], None], Outputs]:
         """The function that repeats `run`, and the outputs that it writes."""
         # The outer stream context brings the caller's stream back where a capture fails, which torch's does not.
-        with torch.cuda.device(self._device), torch.cuda.stream(torch.cuda.current_stream(self._device)):
+        caller = torch.cuda.stream(torch.cuda.current_stream(self._device))
+        with for_graph(), torch.cuda.device(self._device), caller:
             self._stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self._stream):
                 run()  # compiles kernels, makes libraries' workspaces
             torch.cuda.current_stream().wait_stream(self._stream)
             graph = torch.cuda.CUDAGraph()
+            _clear_workspaces()  # or the graph would use memory that others may free
             # thread_local: what other threads do meanwhile, such as pinning memory, does not end the capture
             with torch.cuda.graph(
                 graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
             ):
                 outputs = run()
+            _clear_workspaces()  # or others would use the graph's
         return graph.replay, outputs
 
     @contextlib.contextmanager
@@ -101,3 +106,8 @@ class Recorder:
             stream.wait_event(self._last_replay)
             yield
             self._last_replay.record(stream)
+
+
+def _clear_workspaces() -> None:
+    """cuBLAS's, which torch keeps for each stream; as torch's own CUDA graph trees do around a capture."""
+    getattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: None)()

@@ -1,6 +1,7 @@
 """From command-line arguments to a device, a model and its image processor; what is wrong is told in one line."""
 
 import os
+import re
 import sys
 from argparse import Namespace
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,11 @@ class UserError(Exception):
 def first_line(error: BaseException) -> str:
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
     return text.strip().splitlines()[0]
+
+
+def without_folders(text: str) -> str:
+    """For what may get published: a path's last part only."""
+    return re.sub(r"(?<!\w)/(?:[^\s/'\"]+/)+", "", text)
 
 
 def pick_device(name: str | None) -> "torch.device":

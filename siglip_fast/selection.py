@@ -104,9 +104,11 @@ def mode() -> str:
 
 def cache_dir() -> Path:
     """SIGLIP_FAST_CACHE_DIR, or the user's cache folder."""
+    if folder := os.environ.get("SIGLIP_FAST_CACHE_DIR"):
+        return Path(folder)
     import platformdirs
 
-    return Path(os.environ.get("SIGLIP_FAST_CACHE_DIR") or platformdirs.user_cache_dir("siglip_fast"))
+    return Path(platformdirs.user_cache_dir("siglip_fast"))
 
 
 def bucket(rows: int) -> int:
@@ -115,6 +117,7 @@ def bucket(rows: int) -> int:
 
 
 LAUNCHES = ("eager", "graph")
+FARTHEST = 2  # powers of two that the number of rows may be away from one that was measured
 Entries = dict[str, dict[str, dict]]  # str(Operation): {str(bucket): what siglip_fast.tuning.select found}
 
 
@@ -174,7 +177,7 @@ class Selection:
     def choice(
         self, name: str, dims: tuple[int, ...], dtype: torch.dtype, rows: int, launch: str = "eager"
     ) -> Choice:
-        """That of the nearest number of rows that was measured, or DEFAULT. `launch` is one of LAUNCHES."""
+        """That of the nearest number of rows that was measured, if it is near; else DEFAULT. `launch`: of LAUNCHES."""
         key = (name, dims, dtype, rows, launch)
         found = self._memo.get(key)
         if found is None:
@@ -203,8 +206,9 @@ class Selection:
         buckets = self._entries.get(str(operation), {})
         # Both are powers of two, so the nearer one is the one with fewer bits of difference; of two, the larger.
         wanted = bucket(rows).bit_length()
-        nearest = min(buckets, key=lambda b: (abs(int(b).bit_length() - wanted), -int(b)), default=None)
-        return buckets.get(nearest)
+        distances = {b: abs(int(b).bit_length() - wanted) for b in buckets}
+        nearest = min(buckets, key=lambda b: (distances[b], -int(b)), default=None)
+        return buckets[nearest] if nearest and distances[nearest] <= FARTHEST else None
 
 
 @functools.cache

@@ -17,7 +17,7 @@ def run(args: Namespace) -> int:
     if device.type == "cpu" and not _can_interpret():
         raise UserError("there is nothing to tune on a CPU: --device cuda on a machine with a GPU")
     from .selection import is_measured
-    from .tuning import tune
+    from .tuning import STALL, tune
 
     try:
         report = tune(
@@ -27,6 +27,7 @@ def run(args: Namespace) -> int:
             device,
             budget=args.budget,
             force=args.force,
+            stall=min(STALL, max(20.0, args.budget / 2)),
         )
     except RuntimeError as error:
         raise UserError(first_line(error)) from error

@@ -37,4 +37,5 @@ def drop_in(stock: nn.Module, **kwargs) -> SiglipVisionModel:
     config._attn_implementation = "sdpa"
     model = SiglipVisionModel(config, **kwargs)
     model.load_state_dict(stock.state_dict())
-    return model.to(next(stock.parameters()).dtype).eval()
+    parameter = next(stock.parameters())
+    return model.to(parameter.device, parameter.dtype).eval()

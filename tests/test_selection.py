@@ -78,18 +78,14 @@ def test_a_foreign_file_that_was_shipped_under_this_name(caplog):
 
 def test_the_nearest_number_of_rows():
     tables = {str(OPERATION): {str(b): entry(config={"b": b}) for b in (256, 2048, 65536)}}
-    wanted = {
-        1: 256,
-        196: 256,
-        257: 256,
-        512: 256,
-        600: 2048,
-        1568: 2048,
-        4000: 2048,
-        10000: 65536,
-        10**7: 65536,
-    }
+    wanted = {33: 256, 196: 256, 512: 256, 600: 2048, 1568: 2048, 4000: 2048, 16000: 65536, 262144: 65536}
     assert {rows: choice(tables, rows).config["b"] for rows in wanted} == wanted
+
+
+@pytest.mark.parametrize("rows", [1, 32, 262145])
+def test_too_far_from_what_was_measured(rows):
+    """Tiles for a thousand rows are a bad guess for one."""
+    assert choice({str(OPERATION): {str(b): entry() for b in (256, 65536)}}, rows) == DEFAULT
 
 
 def test_the_default_where_nothing_was_measured_or_nothing_passed():

@@ -23,14 +23,14 @@ def nothing_compiled_before():
 
 
 @pytest.fixture
-def stock():
-    return stock_model(SiglipVisionConfig(**TINY), "sdpa")
+def stock(device):
+    return stock_model(SiglipVisionConfig(**TINY), "sdpa").to(device)
 
 
 @pytest.fixture
-def pixels():
+def pixels(device):
     torch.manual_seed(1)
-    return torch.randn(2, 3, 24, 24)
+    return torch.randn(2, 3, 24, 24).to(device)
 
 
 def tower(model):
@@ -50,7 +50,7 @@ def has_operation(graph_module) -> bool:
 
 
 def assert_close(actual, expected):
-    torch.testing.assert_close(actual[:], expected[:], atol=1e-5, rtol=0)
+    torch.testing.assert_close(actual[:], expected[:], atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("grad_mode", [torch.no_grad, torch.inference_mode])
@@ -71,7 +71,7 @@ def test_one_operation_without_a_break(stock, pixels, backend, device, grad_mode
 def test_batch_sizes_share_a_graph(stock, pixels):
     ours, graphs = drop_in(stock), recorder("inductor")
     compiled = torch.compile(ours, fullgraph=True, backend=graphs, dynamic=True)
-    for images in (pixels, torch.randn(3, 3, 24, 24), torch.randn(7, 3, 24, 24)):
+    for images in (pixels, *(torch.randn(b, 3, 24, 24).to(pixels.device) for b in (3, 7))):
         assert_close(compiled(images), stock(images))
     assert graphs.frame_count == 1
 
@@ -81,7 +81,7 @@ def test_marked_dynamic(stock, pixels):
     ours, graphs = drop_in(stock), recorder()
     torch._dynamo.mark_dynamic(pixels, 0)
     compiled = torch.compile(ours, fullgraph=True, backend=graphs)
-    for images in (pixels, torch.randn(5, 3, 24, 24)):
+    for images in (pixels, torch.randn(5, 3, 24, 24).to(pixels.device)):
         assert_close(compiled(images), stock(images))
     assert graphs.frame_count == 1
 
@@ -91,7 +91,7 @@ def test_interpolated_positions_of_any_size(stock):
     ours, graphs = drop_in(stock), recorder()
     compiled = torch.compile(ours, fullgraph=True, backend=graphs, dynamic=True)
     for height, width in ((40, 24), (33, 50)):
-        images = torch.randn(2, 3, height, width)
+        images = torch.randn(2, 3, height, width, device=next(stock.parameters()).device)
         expected = stock(images, interpolate_pos_encoding=True)
         assert_close(compiled(images, interpolate_pos_encoding=True), expected)
     assert graphs.frame_count == 1
@@ -99,10 +99,10 @@ def test_interpolated_positions_of_any_size(stock):
 
 @torch.no_grad()
 def test_without_head(pixels):
-    stock = stock_model(SiglipVisionConfig(**TINY, vision_use_head=False), "sdpa")
+    stock = stock_model(SiglipVisionConfig(**TINY, vision_use_head=False), "sdpa").to(pixels.device)
     output = torch.compile(drop_in(stock), fullgraph=True, backend="eager")(pixels)
     assert output.pooler_output is None
-    torch.testing.assert_close(output[0], stock(pixels)[0], atol=1e-5, rtol=0)
+    torch.testing.assert_close(output[0], stock(pixels)[0], atol=1e-4, rtol=0)
 
 
 @torch.no_grad()
@@ -322,7 +322,7 @@ def test_vmap(stock, pixels):
     ours = drop_in(stock)
     mapped = torch.compile(torch.vmap(lambda x: ours(x).pooler_output), fullgraph=True, backend="eager")
     expected = stock(pixels).pooler_output
-    torch.testing.assert_close(mapped(pixels[:, None])[:, 0], expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(mapped(pixels[:, None])[:, 0], expected, atol=1e-4, rtol=0)
 
 
 @torch.no_grad()
@@ -343,13 +343,18 @@ def test_wrong_shapes(stock, pixels):
     with pytest.raises((ValueError, RuntimeError), match="pixel_values: expected shape"):
         compiled(pixels[:, :2])
     with pytest.raises(ValueError, match="32×32 pixels are 16 patches"):
-        compiled(torch.randn(2, 3, 32, 32))
+        compiled(torch.randn(2, 3, 32, 32).to(pixels.device))
 
 
 @pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
 @torch.no_grad()
 def test_modes(stock, pixels, mode):
-    compiled = torch.compile(drop_in(stock), fullgraph=True, mode=mode)
+    """Also where a CUDA graph of Inductor's would replay without a look at the weights."""
+    ours = drop_in(stock)
+    compiled = torch.compile(ours, fullgraph=True, mode=mode)
+    for _ in range(3):
+        assert_close(compiled(pixels), stock(pixels))
+    edit_in_place(stock), edit_in_place(ours)
     assert_close(compiled(pixels), stock(pixels))
 
 
@@ -395,7 +400,7 @@ def test_a_subclass_around_the_forward(stock, pixels):
     ours.load_state_dict(stock.state_dict(), strict=False)
     actual = torch.compile(ours, fullgraph=True, backend=graphs)(pixels)
     assert has_operation(graphs.graphs[0])
-    torch.testing.assert_close(actual, stock(pixels)[0] + 1, atol=1e-5, rtol=0)
+    torch.testing.assert_close(actual, stock(pixels)[0] + 1, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("strict", [False, True])
@@ -407,8 +412,8 @@ def test_exported(stock, pixels, strict):
         program = torch.export.export(
             drop_in(stock, strict=True), (pixels, False), dynamic_shapes=shapes, strict=strict
         )
-        for images in (pixels, torch.randn(5, 3, 24, 24)):
+        for images in (pixels, torch.randn(5, 3, 24, 24).to(pixels.device)):
             torch.testing.assert_close(
-                program.module()(images, False)[1], stock(images)[1], atol=1e-5, rtol=0
+                program.module()(images, False)[1], stock(images)[1], atol=1e-4, rtol=0
             )
     assert not has_operation(program.graph_module)

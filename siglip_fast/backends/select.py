@@ -1,4 +1,4 @@
-"""Which backend runs on a device, and whether a CUDA graph is being captured there.
+"""Which backend runs on a device, and whether what it launches is for a CUDA graph.
 
 auto     triton on CUDA and ROCm devices, cpu on CPUs
 triton   the fused kernels; on CPU tensors only where Triton itself can run them (its interpreter)
@@ -6,9 +6,12 @@ cpu      oneDNN's fused GEMMs on packed weights, where there is oneDNN on x86; e
 torch    plain torch: the reference and fallback, any device
 """
 
+import contextlib
 import functools
 import importlib
 import importlib.util
+import threading
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -36,6 +39,24 @@ def load(name: str) -> Any:
     """What implements the operations for a backend's name: a module, or an object with the same functions."""
     module = importlib.import_module(f"siglip_fast.backends.{name}")
     return module.Backend() if name == "triton" else module
+
+
+_launching = threading.local()
+
+
+@contextlib.contextmanager
+def for_graph() -> Iterator[None]:
+    """What this thread launches in the block is for a CUDA graph: while it warms up, and while it is captured."""
+    before = is_for_graph()
+    _launching.for_graph = True
+    try:
+        yield
+    finally:
+        _launching.for_graph = before
+
+
+def is_for_graph() -> bool:
+    return getattr(_launching, "for_graph", False)
 
 
 def is_capturing(tensor: torch.Tensor) -> bool:

@@ -15,7 +15,7 @@ from siglip_fast.kernels.patch_embed import patch_embed as _patch_embed
 
 from ..selection import Choice, Selection
 from . import vendor
-from .select import is_capturing
+from .select import is_for_graph
 from .torch import pack_weight
 
 
@@ -107,5 +107,5 @@ class Backend:
         selection = self._selections.get(tensor.device)
         if selection is None:
             selection = self._selections[tensor.device] = Selection.load(tensor.device)
-        launch = "graph" if is_capturing(tensor) else "eager"
+        launch = "graph" if is_for_graph() else "eager"
         return selection.choice(name, dims, tensor.dtype, rows, launch)

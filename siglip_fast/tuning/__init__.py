@@ -24,7 +24,7 @@ from transformers import SiglipVisionConfig
 
 from .. import selection
 from ..backends.select import backend_for
-from ..loading import first_line
+from ..loading import first_line, without_folders
 from ..selection import Entries, Key
 from .cases import Case, cases, encode
 from .select import unmeasured
@@ -235,7 +235,7 @@ def _error_in(lines: Iterable[str]) -> str:
     """The last line that speaks of an error, or else the last one."""
     lines = [line.strip() for line in lines if line.strip()]
     errors = [line for line in lines if "error" in line.lower()]
-    return (errors or lines or ["no message"])[-1]
+    return without_folders((errors or lines or ["no message"])[-1])
 
 
 def _with_index(device: torch.device) -> torch.device:

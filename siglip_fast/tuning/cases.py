@@ -27,7 +27,7 @@ class Case(NamedTuple):
 def cases(
     config: SiglipVisionConfig, tokens: int, dtype: torch.dtype, batch_sizes: Iterable[int]
 ) -> list[Case]:
-    """Those of a model's forwards on images of so many tokens, one a bucket of rows, the largest batch first."""
+    """Those of a model's forwards on images of so many tokens, one a bucket of rows, in the order of the batch sizes."""
     D, F, H, p = config.hidden_size, config.intermediate_size, config.num_attention_heads, config.patch_size
     N = tokens
     of_tokens = [
@@ -47,7 +47,7 @@ def cases(
             ("linear_residual", (D, F, True)),
         ]
     found: dict[tuple[Operation, int], Case] = {}
-    for B in sorted(batch_sizes, reverse=True):
+    for B in batch_sizes:
         for rows, operations in ((B * N, of_tokens), (B, of_images)):
             for name, dims in operations:
                 operation = Operation(name, dims, dtype)
