@@ -42,6 +42,12 @@ def interpreter_has_no_bf16(request):
 
 
 @pytest.fixture(autouse=True)
+def packs_weights_everywhere(monkeypatch):
+    """The cpu backend packs weights where that is faster; it has to be right wherever oneDNN is."""
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+
+
+@pytest.fixture(autouse=True)
 def poison_empty(monkeypatch):
     """`torch.empty` returns NaN, so that an output element which a kernel forgets fails its test."""
 

@@ -40,13 +40,15 @@ def test_weights_are_packed(ours, pixels):
     assert is_packed(ours)
 
 
-@pytest.mark.parametrize("missing", ["onednn", "x86", "bf16"])
+@pytest.mark.parametrize("missing", ["onednn", "x86", "avx512", "bf16"])
 @torch.no_grad()
 def test_falls_back_to_plain_torch(missing, ours, pixels, monkeypatch):
     if missing == "onednn":
         monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     elif missing == "x86":
         monkeypatch.setattr(platform, "machine", lambda: "aarch64")
+    elif missing == "avx512":
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
     else:
         monkeypatch.setattr(cpu._mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
         ours, pixels = ours.bfloat16(), pixels.bfloat16()

@@ -26,6 +26,8 @@ def pack_weight(weight):
 def _has_gemm(dtype: torch.dtype) -> bool:
     if platform.machine() not in ("x86_64", "AMD64"):  # elsewhere these operators are untried
         return False
+    if not torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
+        return False  # with AVX2 alone torch's own GEMM is the faster one
     if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
         return False
     return dtype == torch.float32 or (dtype == torch.bfloat16 and _mkldnn._is_mkldnn_bf16_supported())
