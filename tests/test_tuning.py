@@ -188,7 +188,8 @@ def test_two_at_once(run, caplog):
     threads = [threading.Thread(target=lambda: reports.append(run("slow", keep_log=True))) for _ in range(2)]
     with caplog.at_level(logging.WARNING):
         threads[0].start()
-        time.sleep(0.7)
+        while not (run.log.exists() and run.log.read_text()):  # its worker has begun
+            time.sleep(0.05)
         threads[1].start()
         for thread in threads:
             thread.join()
