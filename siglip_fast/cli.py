@@ -115,7 +115,7 @@ def _add_tune(commands: argparse._SubParsersAction) -> None:
         nargs="+",
         default=[1, 8, 64],
         metavar="N",
-        help="images a forward; other batches run as the nearest of these (default: 1 8 64)",
+        help="images a forward; batches up to four times larger or smaller run as the nearest of these (default: 1 8 64)",
     )
     parser.add_argument(
         "--dtype", choices=DTYPES, default="bfloat16", help="of the model (default: bfloat16)"

@@ -6,7 +6,7 @@ from argparse import Namespace
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
-from .loading import first_line, load_model, pick_device, route
+from .loading import load_model, pick_device, route, typed_line
 
 if TYPE_CHECKING:  # --help does not need them
     import torch
@@ -56,7 +56,7 @@ def check_operations(
             args = inputs(case, device)
             wrong = Verifier(case, device, args)(functools.partial(run, *packed(args, implementation)))
         except Exception as error:  # a self-check tells of whatever fails
-            wrong = f"{type(error).__name__}: {first_line(error)}"
+            wrong = typed_line(error)
         all_right &= wrong is None
         print(f"  {case}: {wrong or 'right'}")
         if backend == "triton":

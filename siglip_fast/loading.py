@@ -25,6 +25,10 @@ def first_line(error: BaseException) -> str:
     return text.strip().splitlines()[0]
 
 
+def typed_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {first_line(error)}"
+
+
 def without_folders(text: str) -> str:
     """For what may get published: a path's last part only."""
     return re.sub(r"(?<!\w)/(?:[^\s/'\"]+/)+", "", text)

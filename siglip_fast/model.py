@@ -189,7 +189,7 @@ class SiglipVisionModel(transformers.SiglipVisionModel):
         again unless `force`. The same as `siglip-fast tune`.
 
         Args:
-            batch_sizes: images a forward. Other batches run as the nearest of these.
+            batch_sizes: images a forward. Batches up to four times larger or smaller run as the nearest of these.
             budget: seconds; what is not measured by then stays as it was.
 
         Raises:

@@ -24,7 +24,7 @@ from transformers import SiglipVisionConfig
 
 from .. import selection
 from ..backends.select import backend_for
-from ..loading import first_line, without_folders
+from ..loading import typed_line, without_folders
 from ..selection import Entries, Key
 from .cases import Case, cases, encode
 from .select import unmeasured
@@ -107,8 +107,7 @@ def first_contact(
                 entries.setdefault(str(case.operation), {}).setdefault(_bucket(case), entry)
             selection.write(key, entries)
     except Exception as error:
-        reason = f"{type(error).__name__}: {first_line(error)}"
-        logger.warning("measuring failed, the built-in configurations stay in force: %s", reason)
+        logger.warning("measuring failed, the built-in configurations stay in force: %s", typed_line(error))
 
 
 def _all_known(wanted: list[Case], key: Key) -> bool:

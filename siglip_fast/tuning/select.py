@@ -3,7 +3,7 @@
 import statistics
 from collections.abc import Callable
 
-from ..loading import first_line, without_folders
+from ..loading import typed_line, without_folders
 from ..selection import LAUNCHES, Choice
 
 MARGIN = 1.02  # so much faster than the best vendor route one of our kernels has to be
@@ -42,7 +42,7 @@ def select(
                 continue
             made = {launch: timer(choice) for launch, timer in timers.items()}
         except Exception as error:  # whatever a compiler, a driver or a library raises: not a candidate here
-            dropped[str(choice)] = without_folders(f"{type(error).__name__}: {first_line(error)}")
+            dropped[str(choice)] = without_folders(typed_line(error))
             continue
         for launch, sample in made.items():
             samples[launch][choice] = sample

@@ -10,7 +10,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from ..loading import first_line
+from ..loading import typed_line
 from .cases import Case, plain_result, row_moments, upcast
 
 RUINED = 3  # exit status where the CUDA context did not survive a candidate
@@ -95,5 +95,5 @@ def end_if_ruined(device: torch.device) -> None:
 def end(error: Exception) -> None:
     """Ends the process: nothing that runs in it from here on can be trusted."""
     sys.stdout.flush()
-    print(f"{type(error).__name__}: {first_line(error)}", file=sys.stderr, flush=True)
+    print(typed_line(error), file=sys.stderr, flush=True)
     os._exit(RUINED)
