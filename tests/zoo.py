@@ -1,0 +1,338 @@
+"""The models of transformers that hold a SigLIP-like vision tower, tiny and random, each with inputs for its forward.
+
+`ZOO` maps a name to a function without arguments that makes `(model, inputs)`. A function raises `Absent`, with the
+reason, where the installed transformers has no such model.
+"""
+
+from collections.abc import Callable
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+VOCABULARY = 64
+IMAGE = 63  # the token in whose place an image's features go
+SIZE = {
+    "hidden_size": 64,
+    "intermediate_size": 100,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+PATCHES = {"image_size": 32, "patch_size": 8}  # 16 of them
+VISION = {"model_type": "siglip_vision_model", **SIZE, **PATCHES}
+TEXT = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+SIGLIP_TEXT = {**SIZE, "vocab_size": VOCABULARY, "max_position_embeddings": 16, "projection_size": 64}
+
+Inputs = dict[str, Tensor]
+ZOO: dict[str, Callable[[], tuple[PreTrainedModel, Inputs]]] = {}
+
+
+class Absent(Exception):
+    """The installed transformers lacks the model."""
+
+
+def zoo(build):
+    ZOO[build.__name__] = build
+    return build
+
+
+def make(architecture: str, config: str, **values) -> PreTrainedModel:
+    """`transformers.<architecture>(transformers.<config>(**values))`, random, with nothing at its neutral value."""
+    for name in (architecture, config):
+        if not hasattr(transformers, name):
+            raise Absent(f"no {name}")
+    torch.manual_seed(0)
+    model = getattr(transformers, architecture)(getattr(transformers, config)(**values))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim > 1:  # large enough that the outputs tell one image from another
+                parameter.normal_(0, (parameter[0].numel()) ** -0.5)
+            else:
+                parameter.normal_(float("norm" in name and name.endswith("weight")), 0.3)
+    return model.eval()
+
+
+def pixels(*shape: int) -> Tensor:
+    return torch.randn(*shape, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+def prompt(image_tokens: int, batch: int = 2) -> Inputs:
+    """A few words after an image that takes `image_tokens` tokens."""
+    ids = torch.tensor([[1, *[IMAGE] * image_tokens, 5, 6, 7]]).repeat(batch, 1)
+    ids[-1, -1] = 8
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+# The towers and what siglip's own files make of them
+
+
+@zoo
+def siglip_vision():
+    config = {k: v for k, v in VISION.items() if k != "model_type"}
+    return make("SiglipVisionModel", "SiglipVisionConfig", **config), {"pixel_values": pixels(2)}
+
+
+@zoo
+def siglip_vision_without_head():
+    config = {k: v for k, v in VISION.items() if k != "model_type"} | {"vision_use_head": False}
+    return make("SiglipVisionModel", "SiglipVisionConfig", **config), {"pixel_values": pixels(2)}
+
+
+@zoo
+def siglip():
+    model = make("SiglipModel", "SiglipConfig", text_config=SIGLIP_TEXT, vision_config=VISION)
+    return model, {"input_ids": torch.arange(24).view(3, 8), "pixel_values": pixels(2)}
+
+
+@zoo
+def siglip_classification():
+    values = {"text_config": SIGLIP_TEXT, "vision_config": VISION, "num_labels": 3}
+    return make("SiglipForImageClassification", "SiglipConfig", **values), {"pixel_values": pixels(2)}
+
+
+def naflex(height: int = 3, width: int = 5) -> Inputs:
+    """Two images: 4 × 4 patches, and `height × width`, padded to 16."""
+    mask = torch.ones(2, 16, dtype=torch.int64)
+    mask[1, height * width :] = 0
+    shapes = torch.tensor([[4, 4], [height, width]])
+    return {
+        "pixel_values": pixels(2).view(2, 16, 192),
+        "pixel_attention_mask": mask,
+        "spatial_shapes": shapes,
+    }
+
+
+SIGLIP2_VISION = {**SIZE, "patch_size": 8, "num_patches": 16}
+
+
+@zoo
+def siglip2_vision():
+    return make("Siglip2VisionModel", "Siglip2VisionConfig", **SIGLIP2_VISION), naflex()
+
+
+@zoo
+def siglip2():
+    model = make("Siglip2Model", "Siglip2Config", text_config=SIGLIP_TEXT, vision_config=SIGLIP2_VISION)
+    return model, {"input_ids": torch.arange(24).view(3, 8), **naflex()}
+
+
+@zoo
+def siglip2_classification():
+    values = {"text_config": SIGLIP_TEXT, "vision_config": SIGLIP2_VISION, "num_labels": 3}
+    return make("Siglip2ForImageClassification", "Siglip2Config", **values), naflex()
+
+
+# Vision-language models: all build the tower by AutoModel.from_config
+
+
+def vlm(model: str, *, text: str, **values) -> PreTrainedModel:
+    values = {"vision_config": VISION, "text_config": {"model_type": text, **TEXT}} | values
+    return make(f"{model}ForConditionalGeneration", f"{model}Config", **values)
+
+
+@zoo
+def paligemma():
+    model = vlm("PaliGemma", text="gemma", image_token_index=IMAGE, projection_dim=32, hidden_size=32)
+    return model, {**prompt(16), "pixel_values": pixels(2)}
+
+
+@zoo
+def colpali():
+    vlm_config = paligemma()[0].config
+    model = make("ColPaliForRetrieval", "ColPaliConfig", vlm_config=vlm_config, embedding_dim=16)
+    return model, {**prompt(16), "pixel_values": pixels(2)}
+
+
+@zoo
+def pi0():
+    dit = {"model_type": "gemma", **TEXT}
+    values = {"chunk_size": 4, "max_state_dim": 8, "max_action_dim": 8}
+    vlm_config = paligemma()[0].config
+    model = make(
+        "PI0ForConditionalGeneration", "PI0Config", vlm_config=vlm_config, dit_config=dit, **values
+    )
+    generator = torch.Generator().manual_seed(2)
+    inputs = {
+        "state": torch.randn(2, 8, generator=generator),
+        "noise": torch.randn(2, 4, 8, generator=generator),
+        "timestep": torch.tensor([0.25, 0.75]),
+        "pixel_values": pixels(2, 1),
+        "pixel_attention_mask": torch.ones(2, 1, dtype=torch.bool),
+    }
+    return model, {**prompt(16), **inputs}
+
+
+GEMMA3 = {
+    "mm_tokens_per_image": 4,
+    "image_token_index": IMAGE,
+    "boi_token_index": 61,
+    "eoi_token_index": 62,
+}
+
+
+@zoo
+def gemma3():
+    return vlm("Gemma3", text="gemma3_text", **GEMMA3), {**prompt(4), "pixel_values": pixels(2)}
+
+
+@zoo
+def shieldgemma2():
+    text = {"model_type": "gemma3_text", **TEXT}
+    values = {"vision_config": VISION, "text_config": text, "yes_token_index": 3, "no_token_index": 4}
+    model = make("ShieldGemma2ForImageClassification", "ShieldGemma2Config", **values, **GEMMA3)
+    return model, {**prompt(4), "pixel_values": pixels(2)}
+
+
+@zoo
+def t5gemma2():
+    text = {"model_type": "t5gemma2_text", **TEXT}
+    encoder = {"model_type": "t5gemma2_encoder", "text_config": text, "vision_config": VISION, **GEMMA3}
+    decoder = {"model_type": "t5gemma2_decoder", **TEXT}
+    values = {"encoder": encoder, "decoder": decoder, "image_token_index": IMAGE}
+    model = make("T5Gemma2ForConditionalGeneration", "T5Gemma2Config", **values)
+    inputs = {**prompt(4), "pixel_values": pixels(2), "decoder_input_ids": torch.tensor([[1, 5], [1, 6]])}
+    return model, inputs
+
+
+LLAVA = {"image_token_index": IMAGE, "vision_feature_select_strategy": "full"}
+# An image of the tower's own size: 16 tokens of the whole, 16 of its one tile and 4 ends of lines
+TILES = {"image_sizes": torch.tensor([[32, 32]] * 2)}
+PINPOINTS = {"image_grid_pinpoints": [[32, 32], [32, 64]]}
+
+
+@zoo
+def llava():
+    return vlm("Llava", text="llama", **LLAVA), {**prompt(16), "pixel_values": pixels(2)}
+
+
+@zoo
+def vipllava():
+    values = {"image_token_index": IMAGE, "vision_feature_layers": [-2, -1]}
+    # it takes every image's first token for a class token
+    return vlm("VipLlava", text="llama", **values), {**prompt(15), "pixel_values": pixels(2)}
+
+
+@zoo
+def llava_next():
+    model = vlm("LlavaNext", text="llama", **LLAVA, **PINPOINTS)
+    return model, {**prompt(36), **TILES, "pixel_values": pixels(2, 2)}
+
+
+@zoo
+def llava_next_video():
+    model = vlm("LlavaNextVideo", text="llama", **LLAVA, **PINPOINTS, video_token_index=62)
+    return model, {**prompt(36), **TILES, "pixel_values": pixels(2, 2)}
+
+
+@zoo
+def llava_onevision():
+    model = vlm("LlavaOnevision", text="qwen2", **LLAVA, **PINPOINTS, video_token_index=62)
+    return model, {**prompt(36), **TILES, "pixel_values": pixels(2, 2)}
+
+
+@zoo
+def aya_vision():
+    model = vlm("AyaVision", text="cohere2", **LLAVA, vision_feature_layer=-1, downsample_factor=2)
+    return model, {**prompt(4), "pixel_values": pixels(2)}
+
+
+@zoo
+def cohere2_vision():
+    values = {"image_token_id": IMAGE, "downsample_factor": 2, "alignment_intermediate_size": 48}
+    return vlm("Cohere2Vision", text="cohere2", **values), {**prompt(4), "pixel_values": pixels(2)}
+
+
+@zoo
+def deepseek_vl():
+    model = vlm("DeepseekVL", text="llama", image_token_id=IMAGE)
+    return model, {**prompt(16), "pixel_values": pixels(2)}
+
+
+@zoo
+def modernvbert():
+    text = {"model_type": "modernbert", **TEXT, "cls_token_id": 1, "sep_token_id": 2, "pad_token_id": 0}
+    del text["num_key_value_heads"], text["head_dim"]
+    values = {"image_token_id": IMAGE, "pixel_shuffle_factor": 2, "text_config": text}
+    model = make("ModernVBertForMaskedLM", "ModernVBertConfig", vision_config=VISION, **values)
+    return model, {**prompt(4), "pixel_values": pixels(2, 1)}
+
+
+@zoo
+def lfm2_vl():
+    text = {"model_type": "lfm2", **TEXT, "layer_types": ["conv", "full_attention"]}
+    vision = {"model_type": "siglip2_vision_model", **SIGLIP2_VISION}
+    values = {"text_config": text, "vision_config": vision, "image_token_id": IMAGE, "downsample_factor": 1}
+    return vlm("Lfm2Vl", text="lfm2", **values), {**prompt(16), **naflex(2, 8)}
+
+
+# SigLIP's layers under other names, with embeddings for images of any shape
+
+
+@zoo
+def idefics2():
+    vision = SIZE | PATCHES
+    perceiver = {"hidden_size": 32, "resampler_n_latents": 4, "resampler_depth": 1}
+    perceiver |= {"resampler_n_heads": 2, "resampler_head_dim": 16, "num_key_value_heads": 1}
+    values = {"vision_config": vision, "perceiver_config": perceiver, "image_token_id": IMAGE}
+    return vlm("Idefics2", text="mistral", **values), {**prompt(4), "pixel_values": pixels(2, 1)}
+
+
+@zoo
+def idefics3():
+    values = {"vision_config": SIZE | PATCHES, "image_token_id": IMAGE, "scale_factor": 2}
+    return vlm("Idefics3", text="llama", **values), {**prompt(4), "pixel_values": pixels(2, 1)}
+
+
+@zoo
+def smolvlm():
+    values = {"vision_config": SIZE | PATCHES, "image_token_id": IMAGE, "scale_factor": 2}
+    return vlm("SmolVLM", text="llama", **values), {**prompt(4), "pixel_values": pixels(2, 1)}
+
+
+@zoo
+def smolvlm_padded():
+    """An image smaller than the batch: the tower gets a mask with holes."""
+    model, inputs = smolvlm()
+    mask = torch.ones(2, 1, 32, 32, dtype=torch.bool)
+    mask[1, :, :, 16:] = False
+    return model, {**inputs, "pixel_attention_mask": mask}
+
+
+def tensors(value: object, name: str = "") -> dict[str, Tensor]:
+    """Every tensor of a (nested) output, under its path; caches are left out, the logits tell about them."""
+    if isinstance(value, Tensor):
+        return {name: value}
+    if isinstance(value, dict):
+        items = value.items()
+    elif isinstance(value, (list, tuple)):
+        items = enumerate(value)
+    else:
+        return {}
+    return {path: t for key, item in items for path, t in tensors(item, f"{name}.{key}").items()}
+
+
+def names(model: nn.Module) -> list[str]:
+    """Where a model's SigLIP-like vision towers are, by the names of their classes alone."""
+    return [n for n, m in model.named_modules() if type(m).__name__ in TOWERS]
+
+
+TOWERS = (
+    "SiglipVisionModel",
+    "Siglip2VisionModel",
+    "Idefics2VisionTransformer",
+    "Idefics3VisionTransformer",
+    "SmolVLMVisionTransformer",
+)
