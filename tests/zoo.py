@@ -4,12 +4,16 @@
 reason, where the installed transformers has no such model.
 """
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 
+import pytest
 import torch
 import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+
+from siglip_fast.ops import Ops
 
 VOCABULARY = 64
 IMAGE = 63  # the token in whose place an image's features go
@@ -21,6 +25,7 @@ SIZE = {
 }
 PATCHES = {"image_size": 32, "patch_size": 8}  # 16 of them
 VISION = {"model_type": "siglip_vision_model", **SIZE, **PATCHES}
+HEADLESS = VISION | {"vision_use_head": False}  # as published vision-language models have it
 TEXT = {
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -34,7 +39,7 @@ TEXT = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-SIGLIP_TEXT = {**SIZE, "vocab_size": VOCABULARY, "max_position_embeddings": 16, "projection_size": 64}
+SIGLIP_TEXT = {**SIZE, "vocab_size": VOCABULARY, "max_position_embeddings": 64, "projection_size": 64}
 
 Inputs = dict[str, Tensor]
 ZOO: dict[str, Callable[[], tuple[PreTrainedModel, Inputs]]] = {}
@@ -59,7 +64,7 @@ def make(architecture: str, config: str, **values) -> PreTrainedModel:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim > 1:  # large enough that the outputs tell one image from another
-                parameter.normal_(0, (parameter[0].numel()) ** -0.5)
+                parameter.normal_(0, parameter[0].numel() ** -0.5)
             else:
                 parameter.normal_(float("norm" in name and name.endswith("weight")), 0.3)
     return model.eval()
@@ -87,7 +92,7 @@ def siglip_vision():
 
 @zoo
 def siglip_vision_without_head():
-    config = {k: v for k, v in VISION.items() if k != "model_type"} | {"vision_use_head": False}
+    config = {k: v for k, v in HEADLESS.items() if k != "model_type"}
     return make("SiglipVisionModel", "SiglipVisionConfig", **config), {"pixel_values": pixels(2)}
 
 
@@ -139,7 +144,7 @@ def siglip2_classification():
 
 
 def vlm(model: str, *, text: str, **values) -> PreTrainedModel:
-    values = {"vision_config": VISION, "text_config": {"model_type": text, **TEXT}} | values
+    values = {"vision_config": HEADLESS, "text_config": {"model_type": text, **TEXT}} | values
     return make(f"{model}ForConditionalGeneration", f"{model}Config", **values)
 
 
@@ -161,9 +166,7 @@ def pi0():
     dit = {"model_type": "gemma", **TEXT}
     values = {"chunk_size": 4, "max_state_dim": 8, "max_action_dim": 8}
     vlm_config = paligemma()[0].config
-    model = make(
-        "PI0ForConditionalGeneration", "PI0Config", vlm_config=vlm_config, dit_config=dit, **values
-    )
+    model = make("PI0ForConditionalGeneration", "PI0Config", vlm_config=vlm_config, dit_config=dit, **values)
     generator = torch.Generator().manual_seed(2)
     inputs = {
         "state": torch.randn(2, 8, generator=generator),
@@ -191,7 +194,7 @@ def gemma3():
 @zoo
 def shieldgemma2():
     text = {"model_type": "gemma3_text", **TEXT}
-    values = {"vision_config": VISION, "text_config": text, "yes_token_index": 3, "no_token_index": 4}
+    values = {"vision_config": HEADLESS, "text_config": text, "yes_token_index": 3, "no_token_index": 4}
     model = make("ShieldGemma2ForImageClassification", "ShieldGemma2Config", **values, **GEMMA3)
     return model, {**prompt(4), "pixel_values": pixels(2)}
 
@@ -199,7 +202,7 @@ def shieldgemma2():
 @zoo
 def t5gemma2():
     text = {"model_type": "t5gemma2_text", **TEXT}
-    encoder = {"model_type": "t5gemma2_encoder", "text_config": text, "vision_config": VISION, **GEMMA3}
+    encoder = {"model_type": "t5gemma2_encoder", "text_config": text, "vision_config": HEADLESS, **GEMMA3}
     decoder = {"model_type": "t5gemma2_decoder", **TEXT}
     values = {"encoder": encoder, "decoder": decoder, "image_token_index": IMAGE}
     model = make("T5Gemma2ForConditionalGeneration", "T5Gemma2Config", **values)
@@ -252,6 +255,7 @@ def aya_vision():
 @zoo
 def cohere2_vision():
     values = {"image_token_id": IMAGE, "downsample_factor": 2, "alignment_intermediate_size": 48}
+    values["vision_config"] = VISION
     return vlm("Cohere2Vision", text="cohere2", **values), {**prompt(4), "pixel_values": pixels(2)}
 
 
@@ -266,8 +270,25 @@ def modernvbert():
     text = {"model_type": "modernbert", **TEXT, "cls_token_id": 1, "sep_token_id": 2, "pad_token_id": 0}
     del text["num_key_value_heads"], text["head_dim"]
     values = {"image_token_id": IMAGE, "pixel_shuffle_factor": 2, "text_config": text}
-    model = make("ModernVBertForMaskedLM", "ModernVBertConfig", vision_config=VISION, **values)
+    model = make("ModernVBertForMaskedLM", "ModernVBertConfig", vision_config=HEADLESS, **values)
     return model, {**prompt(4), "pixel_values": pixels(2, 1)}
+
+
+@zoo
+def colmodernvbert():
+    vlm_config = modernvbert()[0].config
+    model = make(
+        "ColModernVBertForRetrieval", "ColModernVBertConfig", vlm_config=vlm_config, embedding_dim=16
+    )
+    return model, {**prompt(4), "pixel_values": pixels(2, 1)}
+
+
+@zoo
+def vision_text_dual_encoder():
+    text = {"model_type": "bert", **TEXT}
+    config = {"vision_config": VISION, "text_config": text, "projection_dim": 16}
+    model = make("VisionTextDualEncoderModel", "VisionTextDualEncoderConfig", **config)
+    return model, {**prompt(1), "pixel_values": pixels(2)}
 
 
 @zoo
@@ -311,6 +332,39 @@ def smolvlm_padded():
     return model, {**inputs, "pixel_attention_mask": mask}
 
 
+def build(name: str) -> tuple[PreTrainedModel, Inputs]:
+    """`ZOO[name]()`; skips the test that asks where the model is absent."""
+    try:
+        return ZOO[name]()
+    except Absent as error:
+        pytest.skip(f"transformers {transformers.__version__} has {error}")
+
+
+@torch.no_grad()
+def run(model: nn.Module, inputs: Inputs) -> dict[str, Tensor]:
+    """Every tensor of the model's output."""
+    return tensors(model(**inputs))
+
+
+@contextlib.contextmanager
+def fused_attentions() -> Iterator[list[str]]:
+    """The backends of the fused attentions that run meanwhile: one a layer of every fused forward."""
+    calls, attention = [], Ops.attention
+    Ops.attention = lambda self, qkv: calls.append(self.backend) or attention(self, qkv)
+    try:
+        yield calls
+    finally:
+        Ops.attention = attention
+
+
+def error(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    """The largest relative Frobenius error of any tensor; inf where names or shapes differ."""
+    shapes = [{name: t.shape for name, t in outputs.items()} for outputs in (actual, expected)]
+    if shapes[0] != shapes[1]:
+        return float("inf")
+    return max(float((actual[n] - expected[n]).norm() / expected[n].norm()) for n in expected)
+
+
 def tensors(value: object, name: str = "") -> dict[str, Tensor]:
     """Every tensor of a (nested) output, under its path; caches are left out, the logits tell about them."""
     if isinstance(value, Tensor):
@@ -322,17 +376,3 @@ def tensors(value: object, name: str = "") -> dict[str, Tensor]:
     else:
         return {}
     return {path: t for key, item in items for path, t in tensors(item, f"{name}.{key}").items()}
-
-
-def names(model: nn.Module) -> list[str]:
-    """Where a model's SigLIP-like vision towers are, by the names of their classes alone."""
-    return [n for n, m in model.named_modules() if type(m).__name__ in TOWERS]
-
-
-TOWERS = (
-    "SiglipVisionModel",
-    "Siglip2VisionModel",
-    "Idefics2VisionTransformer",
-    "Idefics3VisionTransformer",
-    "SmolVLMVisionTransformer",
-)
