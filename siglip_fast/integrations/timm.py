@@ -1,6 +1,7 @@
 """timm's VisionTransformer with SigLIP's settings: `vit_*_siglip_*`, and with it the image tower of open_clip.
 
-Importing this imports timm, 1.0.15 or newer; `siglip_fast.apply_to` does where a model has such a tower.
+Importing this imports timm; `siglip_fast.apply_to` does where a model has such a tower. Before timm 1.0.15 attention
+pooling had another activation than SigLIP's, so that timm's own code runs.
 """
 
 from collections.abc import Iterator
@@ -51,13 +52,14 @@ def _check_blocks(tower: VisionTransformer, D: int) -> None:
     if attention.head_dim > MAX_HEAD_DIM:
         raise Unsupported(f"head_dim is above {MAX_HEAD_DIM}")
     ratio = (len(mlp.fc1.weight) + 0.5) / D  # timm rounds the product down
-    layers = {"norm_layer": type(tower.norm), "act_layer": GELUTanh}
-    block = stock.Block(D, attention.num_heads, ratio, qkv_bias=True, **layers)
+    norm, heads = type(tower.norm), attention.num_heads
+    block = stock.Block(D, heads, ratio, qkv_bias=True, norm_layer=norm, act_layer=GELUTanh)
     for i, own in enumerate(tower.blocks):
         compare(f"blocks.{i}", own, block)
-    compare("norm", tower.norm, type(tower.norm)(D))
+    compare("norm", tower.norm, norm(D))
     if tower.attn_pool is not None:
-        pool = stock.AttentionPoolLatent(D, num_heads=attention.num_heads, mlp_ratio=ratio, **layers)
+        pool = stock.AttentionPoolLatent(D, num_heads=heads, mlp_ratio=ratio, norm_layer=norm)
+        pool.mlp.act = GELUTanh()  # before timm 1.0.15 none has it
         compare("attn_pool", tower.attn_pool, pool)
 
 
@@ -78,9 +80,8 @@ def _layer(block: nn.Module) -> SimpleNamespace:
     attention = SimpleNamespace(out_proj=block.attn.proj, num_heads=block.attn.num_heads)
     for name, weight, bias in zip(parts, qkv.weight.chunk(3), qkv.bias.chunk(3), strict=True):
         setattr(attention, name, SimpleNamespace(weight=weight, bias=bias))
-    return SimpleNamespace(
-        layer_norm1=block.norm1, self_attn=attention, layer_norm2=block.norm2, mlp=block.mlp
-    )
+    norms = {"layer_norm1": block.norm1, "layer_norm2": block.norm2}
+    return SimpleNamespace(self_attn=attention, mlp=block.mlp, **norms)
 
 
 def _head(pool: nn.Module) -> SimpleNamespace:
@@ -96,22 +97,19 @@ def _head(pool: nn.Module) -> SimpleNamespace:
 class FastVisionTransformer(Fused, VisionTransformer):
     """timm's VisionTransformer whose `forward` and `forward_features` run fused, or as timm's where that cannot be.
 
-    All else, such as masks and `forward_intermediates`, is timm's. Under torch.compile timm's code is traced.
+    All else, such as masks and `forward_intermediates`, is timm's. Under torch.compile timm's code is traced. RuntimeError
+    is raised where `strict` is set and the fused path does not apply, or the backend asked for cannot run.
     """
 
     anatomy = Anatomy(check, view, patch_embedding=lambda tower: tower.patch_embed.proj, watched=())
 
     def forward_features(self, x: Tensor, *args, **kwargs) -> Tensor:
-        """`x [B, C, H, W]` → the tokens `[B, N, D]` after the last LayerNorm.
-
-        Raises:
-            RuntimeError: `strict` is set and the fused path does not apply, or the backend asked for cannot run here.
-        """
+        """`x [B, C, H, W]` → the tokens `[B, N, D]` after the last LayerNorm."""
         outputs = self._outputs(x, False, *args, **kwargs)
         return super().forward_features(x, *args, **kwargs) if outputs is None else outputs[0]
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
-        """`x [B, C, H, W]` → the pooled tokens `[B, D]`, or what the classifier makes of them. Raises as above."""
+        """`x [B, C, H, W]` → the pooled tokens `[B, D]`, or what the classifier makes of them."""
         outputs = self._outputs(x, True, *args, **kwargs)
         if outputs is None:
             return super().forward(x, *args, **kwargs)
@@ -150,6 +148,6 @@ class FastVisionTransformer(Fused, VisionTransformer):
             if type(own) is not type(expected) or own != expected:
                 yield f"{name} is set"
         for name in _METHODS:
-            home = getattr(VisionTransformer, name).__module__
+            home = getattr(getattr(VisionTransformer, name, None), "__module__", None)
             if home != stock.__name__ or (name in vars(self) and name != "forward"):
                 yield f"{name} is replaced"
