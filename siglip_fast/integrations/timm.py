@@ -11,7 +11,6 @@ import torch
 from timm.layers import LayerNorm
 from timm.layers.activations import GELUTanh
 from timm.models import vision_transformer as stock
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from ..anatomy import MAX_HEAD_DIM, Anatomy, Unsupported, check_tensors, compare, compare_class
@@ -23,7 +22,7 @@ _SETTINGS = {"cls_token": None, "reg_token": None, "num_prefix_tokens": 0, "dyna
 _METHODS = ("forward", "forward_features", "forward_head", "pool", "_pos_embed")
 
 
-def check(tower: VisionTransformer) -> None:
+def check(tower: stock.VisionTransformer) -> None:
     """Raise Unsupported unless the operations compute what the modules of the tower do."""
     compare_class("patch_embed", tower.patch_embed, stock.PatchEmbed)
     compare_class("patch_embed.proj", tower.patch_embed.proj, nn.Conv2d)
@@ -40,7 +39,7 @@ def check(tower: VisionTransformer) -> None:
     check_tensors(tower, tower.patch_embed.proj.weight)
 
 
-def _check_blocks(tower: VisionTransformer, D: int) -> None:
+def _check_blocks(tower: stock.VisionTransformer, D: int) -> None:
     compare_class("norm", tower.norm, LayerNorm if isinstance(tower.norm, LayerNorm) else nn.LayerNorm)
     compare_class("blocks", tower.blocks, nn.Sequential)
     kinds = {"": stock.Block, ".attn": stock.Attention, ".mlp": stock.Mlp, ".mlp.fc1": nn.Linear}
@@ -63,7 +62,7 @@ def _check_blocks(tower: VisionTransformer, D: int) -> None:
         compare("attn_pool", tower.attn_pool, pool)
 
 
-def view(tower: VisionTransformer) -> SimpleNamespace:
+def view(tower: stock.VisionTransformer) -> SimpleNamespace:
     """The tower under the names of transformers' SigLIP."""
     conv, pool = tower.patch_embed.proj, tower.attn_pool
     return SimpleNamespace(
@@ -94,7 +93,7 @@ def _head(pool: nn.Module) -> SimpleNamespace:
     return SimpleNamespace(attention=attention, probe=pool.latent, layernorm=pool.norm, mlp=pool.mlp)
 
 
-class FastVisionTransformer(Fused, VisionTransformer):
+class VisionTransformer(Fused, stock.VisionTransformer):
     """timm's VisionTransformer whose `forward` and `forward_features` run fused, or as timm's where that cannot be.
 
     All else, such as masks and `forward_intermediates`, is timm's. Under torch.compile timm's code is traced. RuntimeError
@@ -102,6 +101,10 @@ class FastVisionTransformer(Fused, VisionTransformer):
     """
 
     anatomy = Anatomy(check, view, patch_embedding=lambda tower: tower.patch_embed.proj, watched=())
+
+    @classmethod
+    def declines(cls, tower: stock.VisionTransformer) -> str | None:
+        return "it has a class token or registers, so it is not SigLIP's" if tower.num_prefix_tokens else None
 
     def forward_features(self, x: Tensor, *args, **kwargs) -> Tensor:
         """`x [B, C, H, W]` → the tokens `[B, N, D]` after the last LayerNorm."""
@@ -148,6 +151,6 @@ class FastVisionTransformer(Fused, VisionTransformer):
             if type(own) is not type(expected) or own != expected:
                 yield f"{name} is set"
         for name in _METHODS:
-            home = getattr(getattr(VisionTransformer, name, None), "__module__", None)
+            home = getattr(getattr(stock.VisionTransformer, name, None), "__module__", None)
             if home != stock.__name__ or (name in vars(self) and name != "forward"):
                 yield f"{name} is replaced"
