@@ -24,6 +24,7 @@ with torchvision_or_empty_modules():
     with contextlib.suppress(ImportError):
         import open_clip
     from timm.layers import SwiGLU
+    from timm.layers.activations import GELUTanh
     from timm.models import vision_transformer
     from timm.models.vision_transformer import VisionTransformer
 
@@ -332,10 +333,14 @@ def test_images_of_another_dtype_raise_what_timm_raises(stock, pixels):
 
 
 @torch.no_grad()
-def test_strict_says_what_would_be_fused(pixels):
+def test_exact_gelu_is_told_and_can_be_exchanged(stock, pixels):
+    """Most of timm's SigLIP has it by default, though SigLIP was trained with the other."""
     ours = fast(tiny(act_layer="gelu"), strict=True)
     with pytest.raises(RuntimeError, match="not that of act_layer='gelu_tanh'"):
         ours(pixels)
+    for mlp in (*(block.mlp for block in ours.blocks), ours.attn_pool.mlp):
+        mlp.act = GELUTanh()
+    torch.testing.assert_close(ours(pixels), stock(pixels), atol=1e-4, rtol=1e-4)
 
 
 class TestOpenClip:
