@@ -1,13 +1,22 @@
 """The fastest SigLIP vision encoder that is also exactly the one people already use."""
 
-__all__ = ["SiglipVisionModel"]
+import importlib
+
 __version__ = "0.1.0"
+
+_HOMES = {
+    "SiglipVisionModel": "model",
+    "apply_to": "swap",
+    "restore": "swap",
+    "towers": "swap",
+    "register": "swap",
+    "unregister": "swap",
+}
+__all__ = [*_HOMES]
 
 
 def __getattr__(name: str):
     # On first use, so that the bare import (the command line's --help, a plugin scan) loads neither torch nor Triton.
-    if name == "SiglipVisionModel":
-        from .model import SiglipVisionModel
-
-        return SiglipVisionModel
+    if name in _HOMES:
+        return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

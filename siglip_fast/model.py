@@ -2,23 +2,24 @@
 
 import logging
 import math
-import os
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
 from torch import Tensor, nn
-from torch.autograd import forward_ad
+from transformers import utils
 from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.siglip import modeling_siglip
 from transformers.models.siglip.configuration_siglip import SiglipVisionConfig
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
 from . import selection, traced
-from .backends.select import NAMES, backend_for, is_capturing
+from .anatomy import of_transformers
+from .backends.select import is_capturing
 from .forward import forward
+from .fused import Fused, attention_reasons
 from .graphs import RECORDING, Graphs
 from .ops import DTYPES
 from .uint8 import Normalization, check_images, normalization
@@ -29,36 +30,26 @@ if TYPE_CHECKING:  # tuning imports the kernels, and they Triton
 
 logger = logging.getLogger("siglip_fast")
 
+# Newer versions of transformers take indices too, of the only hidden states to return.
+_SELECTS_HIDDEN_STATES = hasattr(getattr(utils, "output_capturing", None), "selected_hidden_states")
 
-class SiglipVisionModel(transformers.SiglipVisionModel):
-    """`transformers.SiglipVisionModel` (same constructor, parameters, state dict and outputs), made fast.
 
-    A forward that needs no gradients runs on the fused operations of `siglip_fast.ops`. Where they do not apply, the
-    stock forward runs and the reason is logged once; `why_not` tells it beforehand.
-
-    Args:
-        config: as for the stock class.
-        backend: "auto", "triton", "cpu" or "torch" (`siglip_fast.backends`). Default: the environment variable
-            SIGLIP_FAST_BACKEND, else "auto".
-        strict: raise RuntimeError with the reason instead of running the stock forward (not under torch.export,
-            where the stock forward is always the one that is traced).
-
-    Raises:
-        ValueError: the backend's name is unknown.
-    """
+class SiglipTower(Fused):
+    """What makes a SigLIP vision tower of transformers fast: mixed into the stock class, before it."""
 
     # Of the class, for models that were pickled before there were any
     _to_capture: tuple[tuple[int, ...], int] | None = None  # batch sizes, image size
     _graphs: tuple[Derived, Graphs] | None = None  # made from those derived weights
+    returns_hidden_states = True  # whether stock's forward does, when asked
 
-    def __init__(self, config: SiglipVisionConfig, *, backend: str | None = None, strict: bool = False):
-        super().__init__(config)
-        self.backend = backend or os.environ.get("SIGLIP_FAST_BACKEND", "auto")
-        self.strict = strict
-        if self.backend not in NAMES:
-            raise ValueError(f"backend: expected one of {', '.join(NAMES)}, got {self.backend!r}")
-        self._derived: Derived | None = None
-        self._handle = traced.Handle(self, SiglipVisionModel.forward)
+    def become_fast(self, backend: str | None = None, strict: bool = False) -> None:
+        super().become_fast(backend, strict)
+        self._handle = traced.Handle(self, SiglipTower.forward)
+
+    def forget_fast(self) -> None:
+        super().forget_fast()
+        for name in ("_to_capture", "_graphs", "_handle"):
+            vars(self).pop(name, None)
 
     def forward(
         self,
@@ -68,7 +59,8 @@ class SiglipVisionModel(transformers.SiglipVisionModel):
     ) -> BaseModelOutputWithPooling | tuple[Tensor, ...]:
         """`pixel_values [B, C, H, W]` → `last_hidden_state [B, N, D]` and `pooler_output [B, D]` (None without head).
 
-        Keyword arguments, dtypes and the tuple form are those of the stock class.
+        With `output_hidden_states` also `hidden_states`: the residual stream `[B, N, D]` before the first layer and
+        after each, before the last LayerNorm. Keyword arguments, dtypes and the tuple form are those of the stock class.
 
         Raises:
             TypeError: pixel_values are no tensor.
@@ -79,19 +71,13 @@ class SiglipVisionModel(transformers.SiglipVisionModel):
         compiling = torch.compiler.is_compiling()
         if compiling and torch.compiler.is_exporting():  # an exported program should not need this package
             return super().forward(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs)
-        derived, reason = self._route(pixel_values, kwargs)
-        if reason is _GRADIENTS:
-            self._drop()  # the weights are about to change, perhaps in ways that torch does not count
+        derived, reason = self._route(pixel_values, **kwargs)
         if reason is not None:
-            if self.strict:
-                raise RuntimeError(f"the fused forward does not apply: {reason}")
-            _log_once(reason)
+            self._delegate(reason)
             return super().forward(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs)
         if compiling:
-            return self._output(*traced.forward(self, pixel_values, interpolate_pos_encoding), kwargs)
-        with torch.no_grad():
-            outputs = self._fused(derived, pixel_values, interpolate_pos_encoding)
-        return self._output(*outputs, kwargs)
+            return self._output(*traced.forward(self, pixel_values, interpolate_pos_encoding), None, kwargs)
+        return self._fused(derived, pixel_values, interpolate_pos_encoding, kwargs)
 
     def forward_uint8(
         self,
@@ -119,30 +105,29 @@ class SiglipVisionModel(transformers.SiglipVisionModel):
         # torch and oneDNN round their products to 16 bits before a bias could be added in float32; so these backends
         # normalise first, as does whatever is not fused (hooks on this very model included) or folded too coarsely.
         hooked = self._forward_hooks or self._forward_pre_hooks or "forward" in vars(self)
-        hooked = hooked or type(self).forward is not SiglipVisionModel.forward
+        hooked = hooked or type(self).forward is not SiglipTower.forward
         if torch.compiler.is_compiling() or hooked:
             return self(normalize(images), interpolate_pos_encoding, **kwargs)
-        derived, reason = self._route(images, kwargs)
+        derived, reason = self._route(images, **kwargs)
         if reason is not None or not self._folds(derived, normalize):
             return self(normalize(images), interpolate_pos_encoding, **kwargs)
-        with torch.no_grad():
-            outputs = self._fused(derived, images, interpolate_pos_encoding, normalize)
-        return self._output(*outputs, kwargs)
+        return self._fused(derived, images, interpolate_pos_encoding, kwargs, normalize)
 
-    def _route(self, pixel_values: Tensor, kwargs: dict) -> tuple[Derived | None, str | None]:
-        """The derived weights to run on (None where torch.compile traces), or the reason for running stock's code."""
-        derived, reason = None, next(self._call_reasons(pixel_values, kwargs), None)
-        if reason is None and torch.compiler.is_compiling():
-            reason = traced.tower_reason(self._handle.tensor)
-        elif reason is None:
-            derived = self._current()
-            reason = derived.reason(owner=self)
-        return derived, reason
+    def _route(self, pixel_values: Tensor, *args, **kwargs) -> tuple[Derived | None, str | None]:
+        """As of all towers; where torch.compile traces, no weights are derived."""
+        if not torch.compiler.is_compiling():
+            return super()._route(pixel_values, *args, **kwargs)
+        reason = next(self._call_reasons(pixel_values, *args, **kwargs), None)
+        return None, reason or traced.tower_reason(self._handle.tensor)
 
     def _output(
-        self, last_hidden_state: Tensor, pooler_output: Tensor | None, kwargs: dict
+        self,
+        last_hidden_state: Tensor,
+        pooler_output: Tensor | None,
+        hidden_states: tuple[Tensor | None, ...] | None,
+        kwargs: dict[str, Any],
     ) -> BaseModelOutputWithPooling | tuple[Tensor, ...]:
-        output = BaseModelOutputWithPooling(last_hidden_state=last_hidden_state, pooler_output=pooler_output)
+        output = BaseModelOutputWithPooling(last_hidden_state, pooler_output, hidden_states)
         return_dict = kwargs.get("return_dict", getattr(self.config, "return_dict", True))
         return output.to_tuple() if return_dict is False else output
 
@@ -204,69 +189,48 @@ class SiglipVisionModel(transformers.SiglipVisionModel):
         finally:
             self._drop()  # the next forward reads the cache
 
-    def why_not(self, pixel_values: Tensor, interpolate_pos_encoding: bool = False, **kwargs) -> str | None:
-        """Every reason, joined by "; ", for which `forward(...)` would run the stock code here and now, or None.
-
-        It reads the weights as the fused forward would, so the first call takes that forward's time to derive them.
-        Under torch.export the stock code is traced in any case.
-        """
-        reasons = [*self._call_reasons(pixel_values, kwargs)]
-        if _NOT_DERIVED not in reasons:
-            reasons.append(self._current().reason(owner=self))
-        return "; ".join(filter(None, reasons)) or None
-
-    def backend_for(self, device: torch.device | str) -> str | None:
-        """The backend that runs for tensors on `device`: "triton", "cpu", "torch", or None where there is none."""
-        return backend_for(self.backend, torch.device(device))[0]
-
-    def derived_bytes(self) -> int:
-        """Memory that the derived weights take beside the parameters, in bytes; 0 before the first fused forward."""
-        return self._derived.memory() if self._derived else 0
-
-    @classmethod
-    def is_custom_code(cls) -> bool:
-        # transformers 5 renames the keys of older checkpoints only for classes that it takes for its own; without
-        # that, a composite model around this tower loads them as random weights.
-        return cls is not SiglipVisionModel and super().is_custom_code()
-
     @property
     def _tower(self) -> nn.Module:
         return getattr(self, "vision_model", self)  # nested until transformers 5.6
-
-    def _patch_weight(self) -> Tensor | None:
-        # None where the module was replaced by one that has no such parameter
-        return self._tower.embeddings.patch_embedding._parameters.get("weight")
-
-    def _current(self) -> Derived:
-        derived = self._derived  # once: another thread may drop it
-        weight = self._patch_weight()
-        backend = (self.backend_for(weight.device) if weight is not None else None) or "torch"
-        if derived is None or derived.ops.backend != backend or not derived.source.is_unchanged():
-            derived = self._derived = None  # the old copies go before the new ones are made
-            derived = self._derived = Derived(self._tower, backend)
-        return derived
 
     def _fused(
         self,
         derived: Derived,
         pixel_values: Tensor,
         interpolate: bool,
+        kwargs: dict[str, Any],
         normalize: Normalization | None = None,
+    ) -> BaseModelOutputWithPooling | tuple[Tensor, ...]:
+        """The output, on the operations; pixel_values are uint8 where they have yet to be normalised."""
+        hidden_states = None
+        if asked := kwargs.get("output_hidden_states", getattr(self.config, "output_hidden_states", False)):
+            hidden_states = HiddenStates(asked, len(self._tower.encoder.layers) + 1)
+        with torch.no_grad():
+            outputs = self._run(derived, pixel_values, interpolate, hidden_states, normalize)
+        return self._output(*outputs, hidden_states and tuple(hidden_states.kept), kwargs)
+
+    def _run(
+        self,
+        derived: Derived,
+        pixel_values: Tensor,
+        interpolate: bool,
+        hidden_states: "HiddenStates | None",
+        normalize: Normalization | None,
     ) -> tuple[Tensor, Tensor | None]:
-        """The outputs, on the operations; pixel_values are uint8 where they have yet to be normalised."""
+        collect = hidden_states and hidden_states.collect
         if derived.is_new:
             self._first_contact(derived, pixel_values)
         if normalize:
             position = self._position(pixel_values, interpolate)
-            return forward(derived.ops, derived.for_uint8(normalize), pixel_values, position)
-        graphs = self._graphs_or_none(derived)
+            return forward(derived.ops, derived.for_uint8(normalize), pixel_values, position, collect)
+        graphs = self._graphs_or_none(derived) if hidden_states is None else None
         size = graphs and graphs.batch_size_for(pixel_values)
         if size and (interpolate or not self._must_interpolate(*pixel_values.shape[2:])):
             return graphs.replay(size, pixel_values)
         position = self._position(pixel_values, interpolate)
         if pixel_values.dtype not in DTYPES:
             pixel_values = pixel_values.to(position.dtype)
-        return forward(derived.ops, derived.weights, pixel_values, position)
+        return forward(derived.ops, derived.weights, pixel_values, position, collect)
 
     def _first_contact(self, derived: Derived, pixel_values: Tensor) -> None:
         if derived.ops.backend != "triton" or is_capturing(pixel_values):
@@ -322,52 +286,20 @@ class SiglipVisionModel(transformers.SiglipVisionModel):
         p = embeddings.patch_embedding.weight.shape[-1]
         return (height // p) * (width // p) != len(embeddings.position_embedding.weight)
 
-    def _is_derived(self) -> bool:
-        derived = self._derived
-        return derived is not None and derived.weights is not None and derived.source.is_unchanged()
-
-    def _call_reasons(self, pixel_values: Tensor, kwargs: dict) -> Iterator[str]:
-        """The reasons that lie in the call and its circumstances, not in the tower."""
-        if not isinstance(pixel_values, Tensor):
-            raise TypeError(f"pixel_values: expected a torch.Tensor, got {type(pixel_values).__name__}")
-        if torch.is_grad_enabled() and (
-            pixel_values.requires_grad or any(p.requires_grad for p in self.parameters())
+    def _request_reasons(self, **kwargs) -> Iterator[str]:
+        asked = {name: kwargs.get(name, getattr(self.config, name, False)) for name in _RECORDED}
+        if asked["output_attentions"]:
+            yield "output_attentions was asked for"
+        if asked["output_hidden_states"] and (
+            not self.returns_hidden_states or torch.compiler.is_compiling()
         ):
-            yield _GRADIENTS
-        if getattr(self, "_is_replica", False):
-            yield "this is a replica of torch.nn.DataParallel"
-        if type(pixel_values) not in (Tensor, nn.Parameter, nn.Buffer):
-            yield f"pixel_values are a {type(pixel_values).__name__}, not a plain tensor"
-        elif pixel_values.ndim > 0 and pixel_values.shape[0] == 0:
-            yield "the batch is empty"
-        if reason := _mode_reason(pixel_values.device):
-            yield reason
-        yield from self._request_reasons(kwargs)
-        weight = self._patch_weight()
-        if weight is not None and pixel_values.device != weight.device:
-            yield f"pixel_values are on {pixel_values.device}, the parameters on {weight.device}"
-        elif reason := _backend_reason(self.backend, pixel_values.device):
-            yield reason
-        elif is_capturing(pixel_values) and not self._is_derived():
-            yield _NOT_DERIVED
-
-    def _request_reasons(self, kwargs: dict) -> Iterator[str]:
-        for name in ("output_attentions", "output_hidden_states"):
-            if kwargs.get(name, getattr(self.config, name, False)):
-                yield f"{name} was asked for"
+            yield "output_hidden_states was asked for"
         extra = [name for name, value in kwargs.items() if name not in _OWN_KWARGS and value is not None]
         if extra:
             yield f"the stock attention takes the keyword arguments {', '.join(extra)}"
         if kwargs.get("return_dict", True) is None and self.config.return_dict is False:
             yield "return_dict is None, which means different things to different versions of transformers"
-        attentions = [layer._modules.get("self_attn") for layer in self._tower.encoder.layers]
-        for name in sorted({m.config._attn_implementation for m in attentions if hasattr(m, "config")}):
-            if name not in _EXACT_ATTENTION:
-                yield f"attention implementation {name!r} was asked for"
-            elif not _is_transformers_own(ALL_ATTENTION_FUNCTIONS.get(name)):
-                yield f"attention implementation {name!r} is not transformers' own"
-        if any(m is not None and m.training and getattr(m, "dropout", 0) for m in attentions):
-            yield "attention dropout is active"
+        yield from attention_reasons(self._tower.encoder.layers)
 
     def _position(self, pixel_values: Tensor, interpolate: bool) -> Tensor:
         """The position embedding `[N, D]` for these images, whose shape it checks."""
@@ -396,62 +328,80 @@ class SiglipVisionModel(transformers.SiglipVisionModel):
             )
         return position
 
-    def train(self, mode: bool = True) -> "SiglipVisionModel":
-        if mode != self.training:
-            self._drop()  # training needs the memory, and is about to change the weights
-        return super().train(mode)
-
-    def _apply(self, fn: Callable, *args, **kwargs) -> "SiglipVisionModel":
-        self._drop()  # moved or cast: do not keep the old copies until the next forward
+    def _apply(self, fn: Callable, *args, **kwargs) -> "SiglipTower":
         self._to_capture = None
         return super()._apply(fn, *args, **kwargs)
 
     def _drop(self) -> None:
-        self._derived = self._graphs = None
+        super()._drop()
+        self._graphs = None
         self._handle.forget()
 
-    def __getstate__(self) -> dict:
+    def __getstate__(self) -> dict[str, Any]:
         # copies and pickles make their own
-        return self.__dict__ | dict.fromkeys(("_derived", "_graphs", "_to_capture", "_handle"))
+        return super().__getstate__() | dict.fromkeys(("_graphs", "_to_capture", "_handle"))
 
-    def __setstate__(self, state: dict) -> None:
+    def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._handle = traced.Handle(self, SiglipVisionModel.forward)
+        self._handle = traced.Handle(self, SiglipTower.forward)
 
 
-_GRADIENTS = "gradients are needed (use torch.no_grad or torch.inference_mode for inference)"
-_NOT_DERIVED = "a CUDA graph is being captured before the weights were derived (run one forward before)"
-_OWN_KWARGS = ("return_dict", "output_attentions", "output_hidden_states")
-# Names of implementations of the same softmax attention, not of something that a caller could observe
-_EXACT_ATTENTION = ("sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4")
+class SiglipVisionModel(SiglipTower, transformers.SiglipVisionModel):
+    """`transformers.SiglipVisionModel` (same constructor, parameters, state dict and outputs), made fast.
+
+    A forward that needs no gradients runs on the fused operations of `siglip_fast.ops`. Where they do not apply, the
+    stock forward runs and the reason is logged once; `why_not` tells it beforehand.
+
+    Args:
+        config: as for the stock class.
+        backend: "auto", "triton", "cpu" or "torch" (`siglip_fast.backends`). Default: the environment variable
+            SIGLIP_FAST_BACKEND, else "auto".
+        strict: raise RuntimeError with the reason instead of running the stock forward (not under torch.export,
+            where the stock forward is always the one that is traced).
+
+    Raises:
+        ValueError: the backend's name is unknown.
+    """
+
+    anatomy = of_transformers(
+        modeling_siglip, "Siglip", tower_class=getattr(modeling_siglip, "SiglipVisionTransformer", None)
+    )
+
+    def __init__(self, config: SiglipVisionConfig, *, backend: str | None = None, strict: bool = False):
+        super().__init__(config)
+        self.become_fast(backend, strict)
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        # transformers 5 renames the keys of older checkpoints only for classes that it takes for its own; without
+        # that, a composite model around this tower loads them as random weights.
+        return cls is not SiglipVisionModel and super().is_custom_code()
 
 
-# These three ask what torch.compile cannot trace. It calls them as it traces, and what they answer is part of the graph.
-@torch.compiler.assume_constant_result
-def _mode_reason(device: torch.device) -> str | None:
-    if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
-        return "a torch.func transform or forward-mode differentiation is active"
-    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
-        return "autocast is active"
-    if torch.jit.is_tracing() or torch.utils._python_dispatch._get_current_dispatch_mode() is not None:
-        return "the operations are traced or intercepted (torch.jit.trace, make_fx, a TorchDispatchMode)"
-    return None
+if hasattr(modeling_siglip, "SiglipVisionTransformer"):
+
+    class SiglipVisionTransformer(SiglipTower, modeling_siglip.SiglipVisionTransformer):
+        """The tower of SiglipModel and SiglipForImageClassification until transformers 5.6; see `siglip_fast.swap`."""
+
+        anatomy = of_transformers(modeling_siglip, "Siglip")
+        returns_hidden_states = False  # the model around it collects them
 
 
-@torch.compiler.assume_constant_result
-def _backend_reason(backend: str, device: torch.device) -> str | None:
-    return backend_for(backend, device)[1]
+class HiddenStates:
+    """The residual stream as a forward hands it out: `kept` has L + 1 entries, None where it was not asked for."""
+
+    def __init__(self, asked: bool | int | Sequence[int], count: int):
+        """`asked` as output_hidden_states, of the `count` that there will be."""
+        self.kept: list[Tensor | None] = []
+        self._indices: set[int] | None = None  # all
+        if _SELECTS_HIDDEN_STATES and not isinstance(asked, bool):
+            indices = [asked] if isinstance(asked, int) else asked
+            self._indices = {i % count for i in indices if -count <= i < count}
+
+    def collect(self, hidden_states: Tensor) -> None:
+        is_kept = self._indices is None or len(self.kept) in self._indices
+        self.kept.append(hidden_states if is_kept else None)
 
 
-@torch.compiler.assume_constant_result
-def _log_once(reason: str) -> None:
-    if reason not in _logged:
-        _logged.add(reason)
-        logger.warning("running the stock SiglipVisionModel forward: %s", reason)
-
-
-_logged: set[str] = set()
-
-
-def _is_transformers_own(attention: Callable | None) -> bool:
-    return getattr(attention, "__module__", "").startswith("transformers.integrations.")
+_RECORDED = ("output_attentions", "output_hidden_states")
+_OWN_KWARGS = ("return_dict", *_RECORDED)

@@ -5,14 +5,15 @@ parameters' own memory, unless the backend packs weights, which makes a copy of 
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from .anatomy import Anatomy, Unsupported
 from .ops import Linear, Norm, NormedLinear, Ops, PatchEmbedding, Pool
-from .source import Source, Unsupported
+from .source import Source
 from .uint8 import Normalization
 
 
@@ -41,8 +42,9 @@ class TowerWeights(NamedTuple):
 class Derived:
     """The derived weights of a tower for one backend, made when first asked for, or the reason why there are none."""
 
-    def __init__(self, tower: nn.Module, backend: str):
-        self.source = Source(tower)
+    def __init__(self, tower: nn.Module, anatomy: Anatomy, backend: str):
+        self.source = Source(tower, anatomy.watched)
+        self._anatomy = anatomy
         self.ops = Ops(backend)
         self.weights: TowerWeights | None = None
         self._uint8: dict[Normalization, TowerWeights] = {}
@@ -85,8 +87,8 @@ class Derived:
     def _derive(self) -> None:
         # Also under inference_mode the copies have to be ordinary tensors: they outlive it.
         with torch.inference_mode(False), torch.no_grad():
-            self.source.check()
-            weights = _tower_weights(self.source.tower, self.ops.pack_weight)
+            self._anatomy.check(self.source.tower)
+            weights = _tower_weights(self._anatomy.view(self.source.tower), self.ops.pack_weight)
         _finish(weights)
         self.weights = weights
 
@@ -100,14 +102,15 @@ def _finish(weights: TowerWeights) -> None:
 Pack = Callable[[Tensor], Tensor]  # Ops.pack_weight
 
 
-def _tower_weights(tower: nn.Module, pack: Pack) -> TowerWeights:
+def _tower_weights(tower: Any, pack: Pack) -> TowerWeights:
+    """Those of a tower, or a view of one, that has the names of transformers' SigLIP."""
     conv = tower.embeddings.patch_embedding
     weight = pack(_plain(conv.weight).flatten(1))
     return TowerWeights(
         patch=PatchEmbedding(weight, _plain(conv.bias), tower.embeddings.patch_size),
         layers=[_layer_weights(layer, pack) for layer in tower.encoder.layers],
         post_layernorm=_norm(tower.post_layernorm),
-        head=_head_weights(tower.head, pack) if tower.use_head else None,
+        head=_head_weights(tower.head, pack) if getattr(tower, "use_head", False) else None,
         num_heads=tower.encoder.layers[0].self_attn.num_heads,
     )
 

@@ -338,7 +338,8 @@ class TestInsideAnotherCapture:
         if DEVICE != "cpu":
             pytest.skip("pretends to capture; test_outer_capture really does")
         self.active = False
-        monkeypatch.setattr("siglip_fast.model.is_capturing", lambda tensor: self.active)
+        for home in ("model", "fused"):
+            monkeypatch.setattr(f"siglip_fast.{home}.is_capturing", lambda tensor: self.active)
 
     def test_kernels_go_into_the_outer_one(self, model, stock, recorder):
         model.capture([2])

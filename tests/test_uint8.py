@@ -133,16 +133,23 @@ class TestModel:
             ours.forward_uint8(images)
 
     @torch.no_grad()
+    def test_hidden_states(self, backend, device):
+        ours = drop_in(stock_model(SiglipVisionConfig(**TINY)), backend=backend, strict=True).to(device)
+        images = random_images(2, 3, 24, 24).to(device)
+        expected = ours(normalized(images, **IMAGENET).float(), output_hidden_states=True)
+        actual = ours.forward_uint8(images, **IMAGENET, output_hidden_states=True)
+        torch.testing.assert_close(actual.hidden_states, expected.hidden_states, atol=1e-4, rtol=0)
+
+    @torch.no_grad()
     def test_what_is_not_fused_gets_normalised_pixels(self, backend, device, caplog):
         ours = drop_in(stock_model(SiglipVisionConfig(**TINY)), backend=backend).to(device)
         images = random_images(2, 3, 24, 24).to(device)
         pixels = normalized(images, **IMAGENET).float()
-        output = ours.forward_uint8(images, **IMAGENET, output_hidden_states=True)
-        assert len(output.hidden_states) == 3
+        output = ours.forward_uint8(images, **IMAGENET, output_attentions=True)
         torch.testing.assert_close(output.pooler_output, ours(pixels).pooler_output, atol=1e-4, rtol=0)
         ours.strict = True
-        with pytest.raises(RuntimeError, match="output_hidden_states was asked for"):
-            ours.forward_uint8(images, **IMAGENET, output_hidden_states=True)
+        with pytest.raises(RuntimeError, match="output_attentions was asked for"):
+            ours.forward_uint8(images, **IMAGENET, output_attentions=True)
 
     @torch.no_grad()
     def test_hooks_on_the_model_run(self, backend, device):

@@ -8,11 +8,10 @@ import pytest
 import torch
 import transformers
 from models import TINY, drop_in, stock_model
-from packaging.version import Version
 from torch import nn
 from transformers import SiglipVisionConfig
 
-from siglip_fast import model as model_module
+from siglip_fast import fused as fused_module
 
 
 @pytest.fixture
@@ -268,8 +267,6 @@ def test_global_hooks_delegate(stock, pixels):
 
 CALLS = {
     "output_attentions": {"output_attentions": True},
-    "output_hidden_states": {"output_hidden_states": True},
-    "hidden_states_by_index": {"output_hidden_states": [1]},
     "attention_mask": {"attention_mask": torch.zeros(2, 1, 9, 9).index_fill_(3, torch.tensor([0]), -1e4)},
 }
 
@@ -277,26 +274,24 @@ CALLS = {
 @pytest.mark.parametrize("name", CALLS)
 @torch.no_grad()
 def test_calls_that_ask_for_more_delegate(name, stock, pixels):
-    if name == "hidden_states_by_index" and Version(transformers.__version__) < Version("5.6"):
-        pytest.skip("transformers selects hidden states by index only since a later version")
     ours = drop_in(stock)
     ours(pixels)
     expected, actual = stock(pixels, **CALLS[name]), ours(pixels, **CALLS[name])
     assert ours.why_not(pixels, **CALLS[name])
     assert actual.keys() == expected.keys()
     torch.testing.assert_close(actual.last_hidden_state, expected.last_hidden_state, atol=0, rtol=0)
-    torch.testing.assert_close(actual.get("hidden_states"), expected.get("hidden_states"), atol=0, rtol=0)
     # and the plain call after it is fused again
     assert ours.why_not(pixels) is None
     torch.testing.assert_close(ours(pixels)[:], stock(pixels)[:], atol=1e-5, rtol=0)
 
 
 @torch.no_grad()
-def test_config_that_asks_for_hidden_states_delegates(stock, pixels):
-    ours = drop_in(stock)
-    ours.config.output_hidden_states = True
-    assert "output_hidden_states" in ours.why_not(pixels)
-    assert len(ours(pixels).hidden_states) == 3
+def test_config_that_asks_for_attentions_delegates(pixels):
+    ours = drop_in(stock_model(SiglipVisionConfig(**TINY)))
+    ours.set_attn_implementation("eager")
+    ours.config.output_attentions = True
+    assert "output_attentions" in ours.why_not(pixels)
+    assert len(ours(pixels).attentions) == 2
 
 
 @torch.no_grad()
@@ -360,12 +355,12 @@ def test_lora(stock, pixels):
 @torch.no_grad()
 def test_strict_raises_the_reason(stock, pixels):
     ours = drop_in(stock, strict=True)
-    with pytest.raises(RuntimeError, match="output_hidden_states was asked for"):
-        ours(pixels, output_hidden_states=True)
+    with pytest.raises(RuntimeError, match="output_attentions was asked for"):
+        ours(pixels, output_attentions=True)
 
 
 def test_every_reason_is_listed_and_the_first_is_logged_once(stock, pixels, caplog):
-    model_module._logged.clear()
+    fused_module._logged.clear()
     ours = drop_in(stock)
     reasons = ours.why_not(pixels, output_attentions=True, attention_mask=pixels).split("; ")
     assert [re.sub(r"\W.*", "", r) for r in reasons] == ["gradients", "output_attentions", "the"]

@@ -1,0 +1,223 @@
+"""Fast towers in models that somebody else builds: `apply_to`, `restore`, `register`, `unregister`.
+
+A tower is swapped by its class. The module stays the same object, with its parameters, hooks and names, so whatever
+holds it (a parent, an optimizer, accelerate) need not be told.
+"""
+
+import importlib
+import logging
+import types
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoModel, SiglipVisionConfig
+
+from .fused import Fused, checked_backend
+
+logger = logging.getLogger("siglip_fast")
+
+# Stock class → the module here that has the fast one, under the same name
+_FAST = {
+    "transformers.models.siglip.modeling_siglip.SiglipVisionModel": "model",
+    "transformers.models.siglip.modeling_siglip.SiglipVisionTransformer": "model",  # until transformers 5.6
+    "transformers.models.idefics3.modeling_idefics3.Idefics3VisionTransformer": "idefics",
+    "transformers.models.smolvlm.modeling_smolvlm.SmolVLMVisionTransformer": "idefics",
+}
+_NAFLEX = "its NaFlex images have masks, and positions resized for each (not supported yet)"
+_NOT_YET = "the same layers as SigLIP's, but not supported yet"
+_LEFT_ALONE = {
+    "transformers.models.siglip2.modeling_siglip2.Siglip2VisionModel": _NAFLEX,
+    "transformers.models.siglip2.modeling_siglip2.Siglip2VisionTransformer": _NAFLEX,
+    "transformers.models.idefics2.modeling_idefics2.Idefics2VisionTransformer": _NOT_YET,
+    "transformers.models.phi4_multimodal.modeling_phi4_multimodal.Phi4MultimodalVisionModel": _NOT_YET,
+}
+
+
+class Tower(NamedTuple):
+    """A vision tower that is SigLIP's, or close to it."""
+
+    name: str  # in the model it was found in, "" for that model itself
+    module: nn.Module
+    fast: bool
+    reason: str | None  # why `apply_to` leaves it alone
+
+
+def towers(model: nn.Module) -> list[Tower]:
+    """The SigLIP vision towers in `model`, fast ones, stock ones, and those that `apply_to` leaves alone."""
+    return [*_find(model, "", set())]
+
+
+def apply_to(model: nn.Module, *, backend: str | None = None, strict: bool = False) -> nn.Module:
+    """Makes the SigLIP vision towers in `model` fast, in place, and returns `model`.
+
+    The parameters stay the very same objects, names in the state dict do not change. What a tower's fused forward does
+    not compute it delegates to stock's, as `siglip_fast.SiglipVisionModel` does; its `why_not` tells. Towers that
+    cannot be made fast are left alone and named in a log line; `towers` lists them.
+
+    Args:
+        model: a vision tower, or any module around some: of transformers (SiglipModel, PaliGemma, Gemma 3, LLaVA, …).
+        backend, strict: as in the constructor of `siglip_fast.SiglipVisionModel`; for towers made fast by this call.
+
+    Raises:
+        TypeError: model is no torch.nn.Module.
+        ValueError: there is no such tower in it, or the backend's name is unknown.
+    """
+    checked_backend(backend)
+    found = towers(_checked(model))
+    if not found:
+        raise ValueError(
+            f"model: expected a SigLIP vision tower in it, found none in this {type(model).__name__}"
+        )
+    for tower in found:
+        if tower.reason:
+            name = (
+                f"{tower.name} ({type(tower.module).__name__})" if tower.name else type(tower.module).__name__
+            )
+            logger.warning("left alone: %s: %s", name, tower.reason)
+        elif not tower.fast:
+            _set_class(tower.module, _fast_class(type(tower.module)))
+            tower.module.become_fast(backend, strict)
+    return model
+
+
+def restore(model: nn.Module) -> nn.Module:
+    """Gives the fast towers in `model` their stock classes back, in place, and returns `model`.
+
+    Raises:
+        TypeError: model is no torch.nn.Module.
+    """
+    for tower in towers(_checked(model)):
+        if tower.fast and not tower.reason:
+            tower.module.forget_fast()
+            _set_class(tower.module, _stock_class(type(tower.module)))
+    return model
+
+
+def register() -> None:
+    """From now on, transformers builds fast towers where it looks a tower's class up.
+
+    That is `AutoModel.from_config` with a SiglipVisionConfig, by which PaliGemma, Gemma 3, the LLaVAs and others build
+    theirs; and, by its own patch mapping (transformers ≥ 5.3), `from_pretrained` and `from_config` of models that
+    name the class, such as SiglipModel (≥ 5.6). Models built before, or by calling a class, stay as they are.
+    """
+    from .model import SiglipVisionModel
+
+    unregister()
+    _replaced[SiglipVisionConfig] = _extra_models().get(SiglipVisionConfig)
+    AutoModel.register(SiglipVisionConfig, SiglipVisionModel, exist_ok=True)
+    if patching := _monkey_patching():
+        patching.register_patch_mapping(_patches(), overwrite=True)
+
+
+def unregister() -> None:
+    """Undoes `register`; without one before, does nothing."""
+    if SiglipVisionConfig not in _replaced:
+        return
+    before = _replaced.pop(SiglipVisionConfig)
+    if before is None:
+        _extra_models().pop(SiglipVisionConfig, None)
+    else:
+        _extra_models()[SiglipVisionConfig] = before
+    if patching := _monkey_patching():
+        patching.unregister_patch_mapping(
+            [name for name in _patches() if name in patching.get_patch_mapping()]
+        )
+
+
+_replaced: dict[type, type | None] = {}  # what AutoModel had before `register`
+
+
+def _extra_models() -> dict[type, type]:
+    return AutoModel._model_mapping._extra_content
+
+
+def _monkey_patching() -> types.ModuleType | None:
+    try:
+        return importlib.import_module("transformers.monkey_patching")
+    except ImportError:
+        return None
+
+
+def _patches() -> dict[str, type]:
+    from .idefics import Idefics3VisionTransformer, SmolVLMVisionTransformer
+    from .model import SiglipVisionModel
+
+    # Anchored, because the names are taken for patterns: SiglipVisionModelOutput begins so, too.
+    fast = (SiglipVisionModel, Idefics3VisionTransformer, SmolVLMVisionTransformer)
+    return {f"^{cls.__name__}$": cls for cls in fast}
+
+
+def _checked(model: nn.Module) -> nn.Module:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    return model
+
+
+def _find(module: nn.Module, name: str, seen: set[nn.Module]) -> Iterator[Tower]:
+    if module in seen:
+        return
+    seen.add(module)
+    tower = _as_tower(module, name)
+    if tower is not None:
+        yield tower
+        return
+    for child_name, child in module.named_children():
+        yield from _find(child, f"{name}.{child_name}" if name else child_name, seen)
+
+
+def _as_tower(module: nn.Module, name: str) -> Tower | None:
+    cls = type(module)
+    if isinstance(module, Fused):
+        is_ours = cls.__module__.startswith(f"{__package__}.")
+        return Tower(
+            name, module, True, None if is_ours else f"{cls.__name__} is somebody's subclass of a fast class"
+        )
+    if fast := _fast_class(cls):
+        return Tower(name, module, False, fast.declines(module))
+    if reason := _LEFT_ALONE.get(_path(cls)):
+        return Tower(name, module, False, reason)
+    for base in cls.__mro__[1:]:
+        if _fast_class(base):
+            return Tower(name, module, False, f"{cls.__name__} is a subclass of {_path(base)}")
+    return None
+
+
+def _fast_class(stock: type) -> type[Fused] | None:
+    home = _FAST.get(_path(stock))
+    return home and getattr(importlib.import_module(f".{home}", __package__), stock.__name__)
+
+
+def _stock_class(fast: type[Fused]) -> type:
+    return next(base for base in fast.__mro__ if not issubclass(base, Fused))
+
+
+def _path(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def _set_class(tower: nn.Module, new: type) -> None:
+    old = type(tower)
+    _make_known(new, tower)
+    tower.__class__ = new
+    for name, value in [*vars(tower).items()]:
+        # what accelerate's hooks call, or transformers 4.57 left behind: the method of the class that it was
+        if isinstance(value, types.MethodType) and value.__self__ is tower and value.__func__ is old.forward:
+            setattr(tower, name, types.MethodType(new.forward, tower))
+
+
+def _make_known(cls: type, tower: nn.Module) -> None:
+    """Lets transformers note what outputs `cls` records, which it does when an instance is made."""
+    if issubclass(cls, transformers.PreTrainedModel) and cls not in _known:
+        with torch.device("meta"):
+            cls(
+                type(tower.config)(
+                    hidden_size=8, num_attention_heads=1, num_hidden_layers=1, intermediate_size=8
+                )
+            )
+        _known.add(cls)
+
+
+_known: set[type] = set()

@@ -1,0 +1,129 @@
+"""Idefics3's and SmolVLM's towers: fused where no image is padded, stock's code where one is."""
+
+import copy
+
+import pytest
+import torch
+from models import TINY
+from torch import nn
+from transformers.models.idefics3 import modeling_idefics3
+from transformers.models.smolvlm import modeling_smolvlm
+
+from siglip_fast import apply_to, restore, towers
+
+STOCK = [modeling_idefics3.Idefics3VisionTransformer, modeling_smolvlm.SmolVLMVisionTransformer]
+
+
+@pytest.fixture(params=STOCK, ids=lambda cls: cls.__name__)
+def stock(request):
+    torch.manual_seed(0)
+    config = request.param.config_class(**TINY)
+    config._attn_implementation = "sdpa"
+    tower = request.param(config)
+    for name, parameter in tower.named_parameters():
+        if name.endswith("bias"):
+            nn.init.normal_(parameter, 0, 0.2)
+        elif "norm" in name or "position" in name:
+            nn.init.normal_(parameter, 1, 0.4)
+    return tower.eval()
+
+
+@pytest.fixture
+def ours(stock):
+    return apply_to(copy.deepcopy(stock), strict=True)
+
+
+def pixels(height=24, width=24, dtype=torch.float32):
+    torch.manual_seed(1)
+    return torch.randn(2, 3, height, width).to(dtype)
+
+
+def full_mask(height=3, width=3):
+    return torch.ones(2, height, width, dtype=torch.bool)
+
+
+def assert_equal(actual, expected, atol=1e-4):
+    assert type(actual) is type(expected) and actual.keys() == expected.keys()
+    torch.testing.assert_close(actual.last_hidden_state, expected.last_hidden_state, atol=atol, rtol=0)
+
+
+@pytest.mark.parametrize("height, width", [(24, 24), (16, 24), (8, 8), (27, 17)])
+@torch.no_grad()
+def test_as_stock(height, width, stock, backend):
+    ours = apply_to(copy.deepcopy(stock), backend=backend, strict=True)
+    images, mask = pixels(height, width), full_mask(height // 8, width // 8)
+    assert_equal(ours(images), stock(images))
+    assert_equal(ours(images, mask), stock(images, mask))
+    assert_equal(ours(pixel_values=images, patch_attention_mask=mask), stock(images, mask))
+    assert type(ours(images, return_dict=False)) is tuple
+
+
+@torch.no_grad()
+def test_positions_of_a_large_grid_in_bf16(stock):
+    """Stock computes their fractions in some dtype, and rounds; 31 and 64 patches a side show it."""
+    large = type(stock)(type(stock.config)(**TINY | {"image_size": 512})).eval()
+    for side in (31, 64):
+        images = pixels(8 * side, 8 * side)[:1]
+        assert_equal(apply_to(copy.deepcopy(large), strict=True)(images), large(images))
+        bf16, images = copy.deepcopy(large).bfloat16(), images.bfloat16()
+        expected = bf16(images)
+        assert_equal(apply_to(bf16, strict=True)(images), expected, atol=0.1)
+
+
+@torch.no_grad()
+def test_padded_images_delegate(stock, ours):
+    mask = full_mask()
+    mask[1, :, 2] = False
+    assert "padded" in ours.why_not(pixels(), mask)
+    with pytest.raises(RuntimeError, match="the images are padded"):
+        ours(pixels(), mask)
+    ours.strict = False
+    assert torch.equal(ours(pixels(), mask).last_hidden_state, stock(pixels(), mask).last_hidden_state)
+    assert_equal(ours(pixels(), full_mask()), stock(pixels(), full_mask()))
+
+
+@torch.no_grad()
+def test_what_is_asked_for_more_delegates(stock, ours):
+    ours.strict = False
+    assert "output_hidden_states" in ours.why_not(pixels(), output_hidden_states=True)
+    actual, expected = (m(pixels(), output_hidden_states=True) for m in (ours, stock))
+    torch.testing.assert_close(actual.hidden_states, expected.hidden_states, atol=0, rtol=0)
+    assert_equal(torch.compile(ours, backend="eager")(pixels()), stock(pixels()))
+
+
+@pytest.mark.parametrize(
+    "images, mask", [(pixels()[0], None), (pixels()[:, :2], None), (pixels(), full_mask(2, 3))]
+)
+@torch.no_grad()
+def test_wrong_shapes_raise_as_stock(images, mask, stock, ours):
+    ours.strict = False
+    with pytest.raises(Exception) as expected:  # noqa: B017
+        stock(images, mask)
+    with pytest.raises(expected.type):
+        ours(images, mask)
+
+
+def test_gradients_are_stocks(stock, ours):
+    ours.strict = False
+    for model in (stock, ours):
+        model(pixels()).last_hidden_state.square().sum().backward()
+    for expected, actual in zip(stock.parameters(), ours.parameters(), strict=True):
+        torch.testing.assert_close(actual.grad, expected.grad)
+
+
+@torch.no_grad()
+def test_edits_are_seen(stock, ours):
+    ours(pixels())
+    for model in (stock, ours):
+        model.embeddings.position_embedding.weight.mul_(2)
+        model.encoder.layers[1].mlp.fc1.weight.mul_(2)
+    assert_equal(ours(pixels()), stock(pixels()))
+
+
+@torch.no_grad()
+def test_restore(stock, ours):
+    ours(pixels())
+    assert [tower.fast for tower in towers(ours)] == [True]
+    assert type(restore(ours)) is type(stock)
+    assert vars(ours).keys() == vars(stock).keys()
+    assert torch.equal(ours(pixels()).last_hidden_state, stock(pixels()).last_hidden_state)
