@@ -52,7 +52,9 @@ def after_load(loaded: Any, *args, **kwargs) -> None:
     import siglip_fast
 
     try:
-        siglip_fast.apply_to(loaded if hasattr(loaded, "modules") else loaded.model)
+        model = loaded if hasattr(loaded, "modules") else loaded.model
+        if siglip_fast.towers(model):
+            siglip_fast.apply_to(model)
     except Exception as error:
         logger.warning("SGLang's model stays as it is: %s: %s", type(error).__name__, error)
 
@@ -66,6 +68,8 @@ def around_update(update: Callable, updater: Any, *args, **kwargs) -> Any:
 
 
 def _forget(model: Any) -> None:
-    for module in model.modules():
-        if type(module).__module__.startswith("siglip_fast."):
-            module.train().eval()
+    import siglip_fast
+
+    for tower in siglip_fast.towers(model):
+        if tower.fast:
+            tower.module.train().eval()

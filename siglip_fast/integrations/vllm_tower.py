@@ -21,13 +21,13 @@ from vllm.model_executor.layers.linear import (
 )
 from vllm.model_executor.models import siglip
 
+from ..anatomy import MAX_HEAD_DIM
 from ..backends.select import backend_for, is_capturing
 from ..ops import DTYPES, Ops, PatchEmbedding
 from ..weights import LayerWeights, _fold, _linear, _plain
 
 logger = logging.getLogger("siglip_fast")
 
-MAX_HEAD_DIM = 128  # of the attention kernel
 _LINEARS = (QKVParallelLinear, ColumnParallelLinear, RowParallelLinear)
 # Of embeddings and encoder. What LoRA, quantization or another plugin puts in their place is not among them.
 _KNOWN = (
