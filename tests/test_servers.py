@@ -162,6 +162,7 @@ except ImportError as error:
     sys.exit(print("CANNOT IMPORT", type(error).__name__, error))
 from vllm.config import DeviceConfig, VllmConfig, set_current_vllm_config
 from vllm.distributed import init_distributed_environment, initialize_model_parallel
+from vllm.model_executor.models.utils import AutoWeightsLoader
 from transformers import SiglipVisionConfig
 import vllm.plugins
 
@@ -232,7 +233,7 @@ both(model)
 weights = [(n.replace("qkv_proj", p), w) for n, w in tower.named_parameters()
            for p, w in (zip(("q_proj", "k_proj", "v_proj"), w.chunk(3)) if "qkv_proj" in n else [("", w)])]
 before = both(model)[0]
-tower.load_weights((n, -w.clone()) for n, w in weights)
+AutoWeightsLoader(model).load_weights((f"vision_model.{n}", -w.clone()) for n, w in weights)  # as models around it do
 after = both(model)
 close(after, 1e-5)
 assert not torch.allclose(before, after[0])
