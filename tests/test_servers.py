@@ -278,6 +278,9 @@ delegates(model, "computes in fp8")
 model = build()
 model.vision_model.encoder.layers[0].layer_norm1 = torch.nn.LayerNorm(144).requires_grad_(False)
 delegates(model, "layers.0.layer_norm1 is a LayerNorm")
+with torch.inference_mode():
+    hidden = build()
+delegates(hidden, "was made under torch.inference_mode")
 delegates(build(), "have shape [2, 3, 64, 48]", torch.randn(2, 3, 64, 48), same=False)
 delegates(build(), "interpolate_pos_encoding", same=False, interpolate_pos_encoding=True)
 os.environ["SIGLIP_FAST_BACKEND"] = "torch"

@@ -161,7 +161,7 @@ def _call_reasons(tower: nn.Module, pixel_values: Tensor, interpolate: bool) -> 
     weight, size = tower.embeddings.patch_embedding.weight, tower.embeddings.image_size
     if torch.compiler.is_compiling():
         yield "torch.compile traces the tower"
-    if torch.is_grad_enabled() and any(p.requires_grad for p in tower.parameters()):
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (pixel_values, *tower.parameters())):
         yield "gradients are needed"
     if torch.is_autocast_enabled(pixel_values.device.type):
         yield "autocast is active"
@@ -201,6 +201,8 @@ def _tower_reasons(tower: nn.Module) -> Iterator[str]:
         for name, parameter in part.named_parameters():
             if parameter.dtype != dtype or dtype not in DTYPES:
                 yield f"{name} is {parameter.dtype}; expected all of one of {DTYPES}"
+            if parameter.is_inference():
+                yield f"{name} was made under torch.inference_mode, which hides in-place edits"
 
 
 def _linear_reasons(name: str, linear: nn.Module) -> Iterator[str]:
