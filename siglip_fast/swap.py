@@ -24,6 +24,7 @@ _FAST = {
     "transformers.models.siglip.modeling_siglip.SiglipVisionTransformer": "model",  # until transformers 5.6
     "transformers.models.idefics3.modeling_idefics3.Idefics3VisionTransformer": "idefics",
     "transformers.models.smolvlm.modeling_smolvlm.SmolVLMVisionTransformer": "idefics",
+    "timm.models.vision_transformer.VisionTransformer": "integrations.timm",
 }
 _NAFLEX = "its NaFlex images have masks, and positions resized for each (not supported yet)"
 _NOT_YET = "the same layers as SigLIP's, but not supported yet"
@@ -57,7 +58,8 @@ def apply_to(model: nn.Module, *, backend: str | None = None, strict: bool = Fal
     cannot be made fast are left alone and named in a log line; `towers` lists them.
 
     Args:
-        model: a vision tower, or any module around some: of transformers (SiglipModel, PaliGemma, Gemma 3, LLaVA, …).
+        model: a vision tower, or any module around some: of transformers (SiglipModel, PaliGemma, Gemma 3, LLaVA, …),
+            timm or open_clip.
         backend, strict: as in the constructor of `siglip_fast.SiglipVisionModel`; for towers made fast by this call.
 
     Raises:
