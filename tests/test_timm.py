@@ -185,7 +185,7 @@ def test_edits_are_seen(name, stock, pixels):
 
 
 SETTINGS = {
-    "act_layer": "gelu",
+    "act_layer": "relu",
     "attn_drop_rate": 0.1,
     "attn_layer": "diff",
     "block_fn": vision_transformer.ResPostBlock,
@@ -333,14 +333,27 @@ def test_images_of_another_dtype_raise_what_timm_raises(stock, pixels):
 
 
 @torch.no_grad()
-def test_exact_gelu_is_told_and_can_be_exchanged(stock, pixels):
+def test_exact_gelu(pixels, backend):
     """Most of timm's SigLIP has it by default, though SigLIP was trained with the other."""
-    ours = fast(tiny(act_layer="gelu"), strict=True)
-    with pytest.raises(RuntimeError, match="not that of act_layer='gelu_tanh'"):
-        ours(pixels)
-    for mlp in (*(block.mlp for block in ours.blocks), ours.attn_pool.mlp):
+    stock = tiny(act_layer="gelu")
+    for block in stock.blocks:  # wide enough for the two to differ
+        block.mlp.fc1.weight.mul_(3)
+    expected, ours = stock(pixels), fast(stock, backend=backend, strict=True)
+    torch.testing.assert_close(ours(pixels), expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        ours.forward_features(pixels), stock.forward_features(pixels), atol=1e-4, rtol=1e-4
+    )
+    for mlp in (*(block.mlp for block in stock.blocks), stock.attn_pool.mlp):
         mlp.act = GELUTanh()
-    torch.testing.assert_close(ours(pixels), stock(pixels), atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(stock(pixels), expected, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_two_kinds_of_gelu_delegate(stock, pixels):
+    stock.attn_pool.mlp.act = nn.GELU()
+    ours = fast(stock)
+    assert "attn_pool.mlp.act" in ours.why_not(pixels)
+    assert torch.equal(ours(pixels), stock(pixels))
 
 
 class TestOpenClip:

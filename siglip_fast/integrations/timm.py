@@ -1,7 +1,7 @@
 """timm's VisionTransformer with SigLIP's settings: `vit_*_siglip_*`, and with it the image tower of open_clip.
 
 Importing this imports timm; `siglip_fast.apply_to` does where a model has such a tower. Before timm 1.0.15 attention
-pooling had another activation than SigLIP's, so that timm's own code runs.
+pooling has exact GELU always; where the blocks have the tanh form, timm's own code runs then.
 """
 
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import torch
 from timm.layers import LayerNorm
-from timm.layers.activations import GELUTanh
+from timm.layers.activations import GELU, GELUTanh
 from timm.models import vision_transformer as stock
 from torch import Tensor, nn
 
@@ -19,6 +19,7 @@ from ..fused import Fused
 
 # Of the tower itself, whose every forward looks at them; what lies below it is compared once, then watched.
 _SETTINGS = {"cls_token": None, "reg_token": None, "num_prefix_tokens": 0, "dynamic_img_size": False}
+_EXACT_GELU = (nn.GELU, GELU)  # many published models have it, though SigLIP was trained with the tanh form
 _METHODS = ("forward", "forward_features", "forward_head", "pool", "_pos_embed")
 
 
@@ -46,19 +47,19 @@ def _check_blocks(tower: stock.VisionTransformer, D: int) -> None:
     for name, kind in kinds.items():
         compare_class(f"blocks.0{name}", tower.get_submodule(f"blocks.0{name}"), kind)
     attention, mlp = tower.blocks[0].attn, tower.blocks[0].mlp
-    if type(mlp.act) is not GELUTanh:
-        raise Unsupported(f"the activation is {mlp.act}, not that of act_layer='gelu_tanh'")
+    if type(mlp.act) not in (GELUTanh, *_EXACT_GELU):
+        raise Unsupported(f"the activation is {mlp.act}, no GELU")
     if attention.head_dim > MAX_HEAD_DIM:
         raise Unsupported(f"head_dim is above {MAX_HEAD_DIM}")
     ratio = (len(mlp.fc1.weight) + 0.5) / D  # timm rounds the product down
     norm, heads = type(tower.norm), attention.num_heads
-    block = stock.Block(D, heads, ratio, qkv_bias=True, norm_layer=norm, act_layer=GELUTanh)
+    block = stock.Block(D, heads, ratio, qkv_bias=True, norm_layer=norm, act_layer=type(mlp.act))
     for i, own in enumerate(tower.blocks):
         compare(f"blocks.{i}", own, block)
     compare("norm", tower.norm, norm(D))
     if tower.attn_pool is not None:
         pool = stock.AttentionPoolLatent(D, num_heads=heads, mlp_ratio=ratio, norm_layer=norm)
-        pool.mlp.act = GELUTanh()  # before timm 1.0.15 none has it
+        pool.mlp.act = type(mlp.act)()  # before timm 1.0.15 it is exact whatever the blocks have
         compare("attn_pool", tower.attn_pool, pool)
 
 
@@ -71,6 +72,7 @@ def view(tower: stock.VisionTransformer) -> SimpleNamespace:
         post_layernorm=tower.norm,
         use_head=pool is not None,
         head=None if pool is None else _head(pool),
+        exact_gelu=type(tower.blocks[0].mlp.act) in _EXACT_GELU,
     )
 
 
