@@ -113,6 +113,9 @@ def _is_same(own: object, expected: object) -> bool:
 
 def check_tensors(tower: nn.Module, reference: Tensor) -> None:
     """Raise Unsupported unless parameters and buffers are plain tensors, on the device and of the dtype of `reference`."""
+    if any(getattr(module, "_is_fsdp_managed_module", False) for module in tower.modules()):
+        # What a call sees was gathered for it, into the same parameters each time; torch does not count that as an edit.
+        raise Unsupported("the parameters are FSDP's, gathered for the time of a call")
     parameters = dict(tower.named_parameters())
     for name, tensor in (parameters | dict(tower.named_buffers())).items():
         # A parameter that is none was put there for the time of a call (torch.func.functional_call, FSDP).

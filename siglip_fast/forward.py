@@ -3,8 +3,9 @@
 from collections.abc import Callable
 
 from torch import Tensor
+from torch.nn import functional as F
 
-from .ops import Ops
+from .ops import NormedLinear, Ops
 from .weights import TowerWeights
 
 
@@ -26,7 +27,7 @@ def forward(
         qkv = ops.layernorm_linear(x, m, layer.qkv)
         o = ops.attention(qkv.unflatten(-1, (3, weights.num_heads, -1)))
         x, m = ops.linear_residual(o.flatten(2), layer.out_proj, x)
-        h = ops.layernorm_linear(x, m, layer.fc1, gelu=True)
+        h = _fc1(ops, x, m, layer.fc1, weights.exact_gelu)
         x, m = ops.linear_residual(h, layer.fc2, x)
         collect(x)
     y = ops.layernorm(x, m, weights.post_layernorm)
@@ -34,9 +35,15 @@ def forward(
         return y, None
     head = weights.head
     x, m = ops.linear_residual(ops.attention_pool(y, head.pool), head.out_proj, None)
-    h = ops.layernorm_linear(x, m, head.fc1, gelu=True)
+    h = _fc1(ops, x, m, head.fc1, weights.exact_gelu)
     p, _ = ops.linear_residual(h, head.fc2, x)
     return y, p
+
+
+def _fc1(ops: Ops, x: Tensor, m: Tensor | None, linear: NormedLinear, exact_gelu: bool) -> Tensor:
+    if exact_gelu:  # not SigLIP's, but many a timm model's; as there in a pass of its own
+        return F.gelu(ops.layernorm_linear(x, m, linear))
+    return ops.layernorm_linear(x, m, linear, gelu=True)
 
 
 def _ignore(hidden_states: Tensor) -> None:

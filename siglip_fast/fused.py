@@ -15,6 +15,11 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+try:
+    from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
+except ImportError:  # transformers before 5.2
+    from transformers.utils.generic import _CAN_RECORD_REGISTRY
+
 from .anatomy import Anatomy
 from .backends.select import NAMES, backend_for, is_capturing
 from .weights import Derived
@@ -35,6 +40,13 @@ class Fused(nn.Module):
     backend = "auto"
     strict = False
     _derived: Derived | None = None
+
+    def __init_subclass__(cls, **kwargs) -> None:
+        super().__init_subclass__(**kwargs)
+        # transformers looks up by its name what a class records, which only a constructor notes; instances that were
+        # swapped or unpickled have met none.
+        if recorded := getattr(cls, "_can_record_outputs", None):
+            dict.__setitem__(_CAN_RECORD_REGISTRY, str(cls), recorded)
 
     def become_fast(self, backend: str | None, strict: bool) -> None:
         """Raises ValueError where the backend's name is unknown."""

@@ -404,4 +404,5 @@ class HiddenStates:
 
 
 _RECORDED = ("output_attentions", "output_hidden_states")
-_OWN_KWARGS = ("return_dict", *_RECORDED)
+# ModernVBERT passes a patch_attention_mask, which no attention of transformers reads
+_OWN_KWARGS = ("return_dict", "patch_attention_mask", *_RECORDED)

@@ -17,6 +17,7 @@ class Source:
             if m is not tower
         ]
         self._root = [(name, vars(tower).get(name)) for name in watched]
+        self._children = dict(tower._modules)
         self._tensors = [
             (tensors, name, tensor, *_trace(tensor))
             for m in tower.modules()
@@ -30,6 +31,8 @@ class Source:
         Blind to what torch does not count: edits through `.data`, NumPy or DLPack.
         """
         if any(vars(self.tower).get(name) is not value for name, value in self._root):
+            return False
+        if self.tower._modules != self._children:
             return False
         for module, forward, children, values, size in self._modules:
             state = module.__dict__

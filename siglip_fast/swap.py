@@ -4,14 +4,13 @@ A tower is swapped by its class. The module stays the same object, with its para
 holds it (a parent, an optimizer, accelerate) need not be told.
 """
 
+import contextlib
 import importlib
 import logging
 import types
 from collections.abc import Iterator
 from typing import NamedTuple
 
-import torch
-import transformers
 from torch import nn
 from transformers import AutoModel, SiglipVisionConfig
 
@@ -25,6 +24,7 @@ _FAST = {
     "transformers.models.siglip.modeling_siglip.SiglipVisionTransformer": "model",  # until transformers 5.6
     "transformers.models.idefics3.modeling_idefics3.Idefics3VisionTransformer": "idefics",
     "transformers.models.smolvlm.modeling_smolvlm.SmolVLMVisionTransformer": "idefics",
+    "timm.models.vision_transformer.VisionTransformer": "integrations.timm",
 }
 _NAFLEX = "its NaFlex images have masks, and positions resized for each (not supported yet)"
 _NOT_YET = "the same layers as SigLIP's, but not supported yet"
@@ -58,7 +58,8 @@ def apply_to(model: nn.Module, *, backend: str | None = None, strict: bool = Fal
     cannot be made fast are left alone and named in a log line; `towers` lists them.
 
     Args:
-        model: a vision tower, or any module around some: of transformers (SiglipModel, PaliGemma, Gemma 3, LLaVA, …).
+        model: a vision tower, or any module around some: of transformers (SiglipModel, PaliGemma, Gemma 3, LLaVA, …),
+            timm or open_clip.
         backend, strict: as in the constructor of `siglip_fast.SiglipVisionModel`; for towers made fast by this call.
 
     Raises:
@@ -106,39 +107,44 @@ def register() -> None:
     from .model import SiglipVisionModel
 
     unregister()
-    _replaced[SiglipVisionConfig] = _extra_models().get(SiglipVisionConfig)
+    by_config = AutoModel._model_mapping._extra_content
+    before = by_config.get(SiglipVisionConfig)
     AutoModel.register(SiglipVisionConfig, SiglipVisionModel, exist_ok=True)
+    if before is None:
+        _undo.callback(by_config.pop, SiglipVisionConfig, None)
+    else:
+        _undo.callback(by_config.update, {SiglipVisionConfig: before})
     if patching := _monkey_patching():
-        patching.register_patch_mapping(_patches(), overwrite=True)
+        patches = _patches()
+        patching.register_patch_mapping(patches, overwrite=True)
+        _undo.callback(patching.unregister_patch_mapping, [*patches])
 
 
 def unregister() -> None:
     """Undoes `register`; without one before, does nothing."""
-    if SiglipVisionConfig not in _replaced:
-        return
-    before = _replaced.pop(SiglipVisionConfig)
-    if before is None:
-        _extra_models().pop(SiglipVisionConfig, None)
-    else:
-        _extra_models()[SiglipVisionConfig] = before
-    if patching := _monkey_patching():
-        patching.unregister_patch_mapping(
-            [name for name in _patches() if name in patching.get_patch_mapping()]
-        )
+    _undo.close()
 
 
-_replaced: dict[type, type | None] = {}  # what AutoModel had before `register`
-
-
-def _extra_models() -> dict[type, type]:
-    return AutoModel._model_mapping._extra_content
+_undo = contextlib.ExitStack()
 
 
 def _monkey_patching() -> types.ModuleType | None:
+    """transformers' patch mapping, where it has one that works."""
     try:
-        return importlib.import_module("transformers.monkey_patching")
-    except ImportError:
+        patching = importlib.import_module("transformers.monkey_patching")
+    except ImportError:  # transformers before 5.3
         return None
+    try:
+        patching.register_patch_mapping({"^$": nn.Module})  # a pattern without matches
+        with patching.apply_patches():
+            return patching
+    except ImportError as error:  # 5.5 imports torchvision there: each from_pretrained would fail
+        logger.warning(
+            "register: only for what AutoModel builds; transformers' patch mapping fails: %s", error
+        )
+        return None
+    finally:
+        patching.unregister_patch_mapping(["^$"])
 
 
 def _patches() -> dict[str, type]:
@@ -200,24 +206,8 @@ def _path(cls: type) -> str:
 
 def _set_class(tower: nn.Module, new: type) -> None:
     old = type(tower)
-    _make_known(new, tower)
     tower.__class__ = new
     for name, value in [*vars(tower).items()]:
         # what accelerate's hooks call, or transformers 4.57 left behind: the method of the class that it was
         if isinstance(value, types.MethodType) and value.__self__ is tower and value.__func__ is old.forward:
             setattr(tower, name, types.MethodType(new.forward, tower))
-
-
-def _make_known(cls: type, tower: nn.Module) -> None:
-    """Lets transformers note what outputs `cls` records, which it does when an instance is made."""
-    if issubclass(cls, transformers.PreTrainedModel) and cls not in _known:
-        with torch.device("meta"):
-            cls(
-                type(tower.config)(
-                    hidden_size=8, num_attention_heads=1, num_hidden_layers=1, intermediate_size=8
-                )
-            )
-        _known.add(cls)
-
-
-_known: set[type] = set()

@@ -37,6 +37,7 @@ class TowerWeights(NamedTuple):
     post_layernorm: Norm
     head: HeadWeights | None
     num_heads: int
+    exact_gelu: bool  # by erf, in the place of the tanh form
 
 
 class Derived:
@@ -112,6 +113,7 @@ def _tower_weights(tower: Any, pack: Pack) -> TowerWeights:
         post_layernorm=_norm(tower.post_layernorm),
         head=_head_weights(tower.head, pack) if getattr(tower, "use_head", False) else None,
         num_heads=tower.encoder.layers[0].self_attn.num_heads,
+        exact_gelu=getattr(tower, "exact_gelu", False),
     )
 
 

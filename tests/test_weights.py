@@ -80,6 +80,11 @@ def replace_module(model):
     layers(model)[1].self_attn.q_proj = nn.Linear(64, 64)
 
 
+def replace_module_of_the_tower(model):
+    torch.manual_seed(5)
+    tower(model).post_layernorm = nn.LayerNorm(64)
+
+
 def drop_layer(model):
     tower(model).encoder.layers = layers(model)[:1]
 
@@ -110,6 +115,7 @@ CHANGES = [
     replace_data,
     replace_data_twice,
     replace_module,
+    replace_module_of_the_tower,
     drop_layer,
     change_eps,
     to_float16_and_back,

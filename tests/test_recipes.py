@@ -1,0 +1,114 @@
+"""README.md's Python is run as it stands there, each section in a process of its own.
+
+The blocks of a section are one program. What they take for granted (inputs, a model from further up) is in RECIPES; a
+section that is missing there fails. Checkpoints of the Hub are replaced by a tiny one; others cannot be found, offline.
+"""
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from checkpoints import save_tiny_siglip
+
+README = Path(__file__).parents[1] / "README.md"
+CHECKPOINTS = ("google/siglip-base-patch16-224",)
+
+
+class Recipe(NamedTuple):
+    before: str = ""
+    after: str = ""  # asserts that it did something
+    requires: tuple[str, ...] = ()  # optional packages
+    gpu_lines: tuple[str, ...] = ()  # the beginnings of lines that raise RuntimeError without a GPU
+
+
+RECIPES = {
+    "The drop-in": Recipe(
+        before="""
+import torch
+pixel_values = torch.rand(2, 3, 24, 24)
+images = torch.randint(0, 256, (2, 3, 24, 24), dtype=torch.uint8)
+torch.set_grad_enabled(False)
+""",
+        after="""
+assert model.why_not(pixel_values) is None
+assert output.pooler_output.shape == (2, 64)
+""",
+    ),
+    "On a GPU": Recipe(
+        before="""
+import torch
+from siglip_fast import SiglipVisionModel
+model = SiglipVisionModel.from_pretrained("google/siglip-base-patch16-224")
+model.to("cuda" if torch.cuda.is_available() else "cpu")
+""",
+        gpu_lines=("model.tune(", "model.capture("),
+    ),
+}
+
+
+def sections(markdown: str) -> dict[str, list[str]]:
+    """The Python blocks under each heading that has any."""
+    found: dict[str, list[str]] = {}
+    heading = ""
+    for match in re.finditer(r"^#+ ([^\n]+)$|^```(\w*)\n(.*?)^```$", markdown, re.MULTILINE | re.DOTALL):
+        title, language, code = match.groups()
+        if title:
+            heading = title
+        elif language in ("python", "py"):
+            found.setdefault(heading, []).append(code)
+    return found
+
+
+def raises_without_gpu(code: str, beginnings: tuple[str, ...]) -> str:
+    """`code`, its lines with these beginnings expected to raise RuntimeError."""
+    for beginning in beginnings:
+        expected = r"with pytest.raises(RuntimeError):\n    \g<0>"
+        code, count = re.subn(rf"^{re.escape(beginning)}.*", expected, code, flags=re.MULTILINE)
+        assert count, f"no line begins with {beginning}"
+    return "import pytest\n" + code
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("tiny-siglip")
+    save_tiny_siglip(folder)
+    return folder
+
+
+BLOCKS = sections(README.read_text(encoding="utf-8"))
+
+
+def test_every_section_has_its_stand_ins():
+    assert set(BLOCKS) == set(RECIPES)
+
+
+@pytest.mark.parametrize("heading", [heading for heading in BLOCKS if heading in RECIPES])
+def test_runs(heading, checkpoint, tmp_path):
+    recipe = RECIPES[heading]
+    for package in recipe.requires:
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"{package} is not installed")
+    code = "\n".join([recipe.before, *BLOCKS[heading], recipe.after])
+    for name in CHECKPOINTS:
+        code = code.replace(f'"{name}"', repr(str(checkpoint)))
+    if not torch.cuda.is_available():
+        code = raises_without_gpu(code, recipe.gpu_lines)
+    script = tmp_path / "recipe.py"
+    script.write_text(code, encoding="utf-8")
+    offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "SIGLIP_FAST_CACHE_DIR": str(tmp_path)}
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | offline
+    done = subprocess.run(
+        [sys.executable, str(script)], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, f"{code}\n{done.stderr}"
+
+
+def test_sections_are_told_apart():
+    markdown = "# A\n```python\na\n# no heading\n```\n## B\n```bash\n# b\n```\n### C\n```py\nc\n```\n```python\nd\n```\n"
+    assert sections(markdown) == {"A": ["a\n# no heading\n"], "C": ["c\n", "d\n"]}
