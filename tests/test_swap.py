@@ -2,13 +2,16 @@
 
 import copy
 import importlib.util
+import os
 import pickle
+import subprocess
 import sys
 
 import pytest
 import torch
 import transformers
 import zoo
+from packaging.version import Version
 from torch import nn
 from transformers import AutoModel
 
@@ -22,9 +25,16 @@ FUSED = [name for name in zoo.ZOO if name not in UNTOUCHED | DELEGATED]
 # Those that build the tower by AutoModel.from_config
 BY_AUTOMODEL = ["paligemma", "colpali", "gemma3", "shieldgemma2", "llava", "llava_next", "llava_onevision"]
 BY_AUTOMODEL += ["aya_vision", "cohere2_vision", "deepseek_vl"]
+VERSION = Version(transformers.__version__)
+QUICK = ["siglip_vision", "siglip", "paligemma", "llava", "smolvlm"]
 PATCHES = importlib.util.find_spec("transformers.monkey_patching") is not None  # transformers 5.3 or newer
 if PATCHES:
     import transformers.monkey_patching
+
+
+def quick(names):
+    """The others are for the slow tier."""
+    return [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
 @pytest.fixture
@@ -110,7 +120,7 @@ class TestApplyTo:
         actual, expected = zoo.run(model, changed), zoo.run(model, inputs)
         assert zoo.error(actual, expected) > 1000 * TOLERANCE
 
-    @pytest.mark.parametrize("name", FUSED)
+    @pytest.mark.parametrize("name", quick(FUSED))
     def test_gradients_are_stocks(self, name, attentions):
         model, inputs = zoo.build(name)
         expected = gradients(model, inputs)
@@ -125,7 +135,7 @@ class TestApplyTo:
         for parameter, gradient in expected.items():
             torch.testing.assert_close(actual[parameter], gradient, atol=0, rtol=0)
 
-    @pytest.mark.parametrize("name", ["siglip_vision", "siglip", "paligemma", "llava", "smolvlm"])
+    @pytest.mark.parametrize("name", QUICK)
     def test_trained_weights_are_seen(self, name, attentions):
         model, inputs = zoo.build(name)
         siglip_fast.apply_to(model)
@@ -154,6 +164,29 @@ class TestApplyTo:
             next(p for n, p in twin.named_parameters() if "patch_embedding.weight" in n).zero_()
         assert zoo.error(zoo.run(twin, inputs), expected) > 1000 * TOLERANCE
         assert_fused(model, inputs, expected, attentions)
+
+    @pytest.mark.parametrize("name", ["siglip", "llava", "smolvlm"])
+    def test_unpickled_by_another_process(self, name, tmp_path):
+        """Where no model was constructed, which is when transformers notes what hidden states a class records."""
+        if name == "llava" and Version("5.2") <= VERSION < Version("5.6"):
+            pytest.skip("a stock tower inside of the fast one records nothing either")
+        model, inputs = zoo.build(name)
+        expected = zoo.run(zoo.build(name)[0], inputs)
+        siglip_fast.apply_to(model)
+        torch.save((model, inputs, expected), tmp_path / "all.pt")
+        script = f"""
+import sys, torch
+sys.path.insert(0, {os.path.dirname(zoo.__file__)!r})
+import zoo
+model, inputs, expected = torch.load({str(tmp_path / "all.pt")!r}, weights_only=False)
+with zoo.fused_attentions() as attentions:
+    assert zoo.error(zoo.run(model, inputs), expected) < 1e-4
+    assert len(attentions) == 2
+    assert zoo.error(zoo.tensors(model(**inputs)), expected) < 1e-4  # with gradients: delegated
+    assert len(attentions) == 2
+"""
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
 
     @pytest.mark.parametrize("name", ["siglip_vision", "siglip", "llava", "smolvlm"])
     def test_saved_models_load_in_stock(self, name, tmp_path, attentions):
@@ -286,7 +319,7 @@ def everything_global():
 
 
 class TestRegister:
-    @pytest.mark.parametrize("name", BY_AUTOMODEL)
+    @pytest.mark.parametrize("name", quick(BY_AUTOMODEL))
     def test_constructed(self, name, registered, attentions):
         model, inputs = zoo.build(name)
         assert fast_towers(model)
@@ -294,7 +327,7 @@ class TestRegister:
         assert len(attentions) == 2
         assert zoo.error(actual, zoo.run(siglip_fast.restore(model), inputs)) < TOLERANCE
 
-    @pytest.mark.parametrize("name", FUSED)
+    @pytest.mark.parametrize("name", quick(FUSED))
     def test_loaded(self, name, tmp_path, attentions):
         """Under register(), where transformers can patch what from_pretrained builds, or with apply_to after it."""
         model, inputs = zoo.build(name)
@@ -305,7 +338,8 @@ class TestRegister:
             loaded = from_pretrained(type(model), tmp_path)
         finally:
             siglip_fast.unregister()
-        if name in BY_AUTOMODEL or (PATCHES and name in ("siglip", "siglip_classification")):
+        by_name = VERSION >= Version("5.6")  # SiglipModel names SiglipVisionModel
+        if name in BY_AUTOMODEL or (by_name and name in ("siglip", "siglip_classification")):
             assert fast_towers(loaded)
         siglip_fast.apply_to(loaded)
         assert_fused(loaded, inputs, expected, attentions)
@@ -336,6 +370,8 @@ class TestRegister:
     @pytest.mark.skipif(not PATCHES, reason="this transformers has no patch mapping")
     def test_names_that_begin_alike_are_left_alone(self, registered):
         """The mapping's keys are patterns to transformers."""
+        if not transformers.monkey_patching.get_patch_mapping():
+            pytest.skip("this transformers' patching fails without torchvision")
         home = transformers.models.siglip.modeling_siglip
         stock, output = home.SiglipVisionModel, home.SiglipVisionModelOutput
         with transformers.monkey_patching.apply_patches():
