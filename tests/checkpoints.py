@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch
+import zoo
 from models import TINY
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
@@ -39,3 +40,8 @@ def save_tiny_siglip(folder: Path) -> None:
     ).save_pretrained(folder)
     torch.manual_seed(0)
     SiglipModel(SiglipConfig(text_config=TINY_TEXT, vision_config=TINY)).save_pretrained(folder)
+
+
+def save_tiny_paligemma(folder: Path) -> None:
+    """Of `zoo.paligemma`, the weights only."""
+    zoo.paligemma()[0].save_pretrained(folder)

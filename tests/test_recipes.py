@@ -14,10 +14,14 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from checkpoints import save_tiny_siglip
+from checkpoints import save_tiny_paligemma, save_tiny_siglip
 
+TESTS = str(Path(__file__).parent)
 README = Path(__file__).parents[1] / "README.md"
-CHECKPOINTS = ("google/siglip-base-patch16-224",)
+CHECKPOINTS = {
+    "google/siglip-base-patch16-224": save_tiny_siglip,
+    "google/paligemma2-3b-mix-224": save_tiny_paligemma,
+}
 
 
 class Recipe(NamedTuple):
@@ -39,6 +43,47 @@ torch.set_grad_enabled(False)
 assert model.why_not(pixel_values) is None
 assert output.pooler_output.shape == (2, 64)
 """,
+    ),
+    "In models that hold a SigLIP tower": Recipe(
+        before="from transformers import AutoModelForImageTextToText",
+        after="""
+assert [tower.fast for tower in siglip_fast.towers(model)] == [False]
+siglip_fast.apply_to(model)
+assert [tower.fast for tower in siglip_fast.towers(model)] == [True]
+""",
+    ),
+    "Before models are built": Recipe(
+        before="from transformers import AutoModelForImageTextToText",
+        after="assert [tower.fast for tower in siglip_fast.towers(model)] == [True]",
+    ),
+    "timm and open_clip": Recipe(
+        before="""
+import sys
+sys.path.insert(0, TESTS)
+from without_torchvision import torchvision_or_empty_modules
+with torchvision_or_empty_modules():
+    import timm
+import torch
+torch.set_grad_enabled(False)
+pixel_values = torch.rand(2, 3, 224, 224)
+""",
+        after="""
+assert model.why_not(pixel_values) is None
+assert features.shape == (2, 768)
+""",
+        requires=("timm",),
+    ),
+    "sentence-transformers": Recipe(
+        before="""
+from PIL import Image
+from sentence_transformers import SentenceTransformer
+images = [Image.new("RGB", (40, 30), color) for color in ("red", "blue")]
+""",
+        after="""
+assert [tower.fast for tower in siglip_fast.towers(model)] == [True]
+assert embeddings.shape == (2, 64)
+""",
+        requires=("sentence_transformers",),
     ),
     "On a GPU": Recipe(
         before="""
@@ -75,10 +120,12 @@ def raises_without_gpu(code: str, beginnings: tuple[str, ...]) -> str:
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("tiny-siglip")
-    save_tiny_siglip(folder)
-    return folder
+def checkpoints(tmp_path_factory) -> dict[str, Path]:
+    """A folder for each name of the Hub."""
+    folders = {name: tmp_path_factory.mktemp("checkpoint") for name in CHECKPOINTS}
+    for name, save in CHECKPOINTS.items():
+        save(folders[name])
+    return folders
 
 
 BLOCKS = sections(README.read_text(encoding="utf-8"))
@@ -89,14 +136,14 @@ def test_every_section_has_its_stand_ins():
 
 
 @pytest.mark.parametrize("heading", [heading for heading in BLOCKS if heading in RECIPES])
-def test_runs(heading, checkpoint, tmp_path):
+def test_runs(heading, checkpoints, tmp_path):
     recipe = RECIPES[heading]
     for package in recipe.requires:
         if importlib.util.find_spec(package) is None:
             pytest.skip(f"{package} is not installed")
-    code = "\n".join([recipe.before, *BLOCKS[heading], recipe.after])
-    for name in CHECKPOINTS:
-        code = code.replace(f'"{name}"', repr(str(checkpoint)))
+    code = "\n".join([recipe.before.replace("TESTS", repr(TESTS)), *BLOCKS[heading], recipe.after])
+    for name, folder in checkpoints.items():
+        code = code.replace(f'"{name}"', repr(str(folder)))
     if not torch.cuda.is_available():
         code = raises_without_gpu(code, recipe.gpu_lines)
     script = tmp_path / "recipe.py"
