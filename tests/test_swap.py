@@ -20,21 +20,15 @@ import siglip_fast
 TOLERANCE = 1e-4  # relative, of any tensor of the output
 NAFLEX = {"siglip2_vision", "siglip2", "siglip2_classification", "lfm2_vl"}
 UNTOUCHED = NAFLEX | {"idefics2"}  # masks
-DELEGATED = {"smolvlm_padded", "modernvbert", "colmodernvbert"}  # a patch mask
+DELEGATED = {"smolvlm_padded"}  # a patch mask with holes
 FUSED = [name for name in zoo.ZOO if name not in UNTOUCHED | DELEGATED]
 # Those that build the tower by AutoModel.from_config
 BY_AUTOMODEL = ["paligemma", "colpali", "gemma3", "shieldgemma2", "llava", "llava_next", "llava_onevision"]
 BY_AUTOMODEL += ["aya_vision", "cohere2_vision", "deepseek_vl"]
 VERSION = Version(transformers.__version__)
-QUICK = ["siglip_vision", "siglip", "paligemma", "llava", "smolvlm"]
 PATCHES = importlib.util.find_spec("transformers.monkey_patching") is not None  # transformers 5.3 or newer
 if PATCHES:
     import transformers.monkey_patching
-
-
-def quick(names):
-    """The others are for the slow tier."""
-    return [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
 @pytest.fixture
@@ -120,7 +114,7 @@ class TestApplyTo:
         actual, expected = zoo.run(model, changed), zoo.run(model, inputs)
         assert zoo.error(actual, expected) > 1000 * TOLERANCE
 
-    @pytest.mark.parametrize("name", quick(FUSED))
+    @pytest.mark.parametrize("name", zoo.quick(FUSED))
     def test_gradients_are_stocks(self, name, attentions):
         model, inputs = zoo.build(name)
         expected = gradients(model, inputs)
@@ -135,7 +129,7 @@ class TestApplyTo:
         for parameter, gradient in expected.items():
             torch.testing.assert_close(actual[parameter], gradient, atol=0, rtol=0)
 
-    @pytest.mark.parametrize("name", QUICK)
+    @pytest.mark.parametrize("name", zoo.QUICK)
     def test_trained_weights_are_seen(self, name, attentions):
         model, inputs = zoo.build(name)
         siglip_fast.apply_to(model)
@@ -165,6 +159,7 @@ class TestApplyTo:
         assert zoo.error(zoo.run(twin, inputs), expected) > 1000 * TOLERANCE
         assert_fused(model, inputs, expected, attentions)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("name", ["siglip", "llava", "smolvlm"])
     def test_unpickled_by_another_process(self, name, tmp_path):
         """Where no model was constructed, which is when transformers notes what hidden states a class records."""
@@ -319,7 +314,7 @@ def everything_global():
 
 
 class TestRegister:
-    @pytest.mark.parametrize("name", quick(BY_AUTOMODEL))
+    @pytest.mark.parametrize("name", zoo.quick(BY_AUTOMODEL))
     def test_constructed(self, name, registered, attentions):
         model, inputs = zoo.build(name)
         assert fast_towers(model)
@@ -327,7 +322,7 @@ class TestRegister:
         assert len(attentions) == 2
         assert zoo.error(actual, zoo.run(siglip_fast.restore(model), inputs)) < TOLERANCE
 
-    @pytest.mark.parametrize("name", quick(FUSED))
+    @pytest.mark.parametrize("name", zoo.quick(FUSED))
     def test_loaded(self, name, tmp_path, attentions):
         """Under register(), where transformers can patch what from_pretrained builds, or with apply_to after it."""
         model, inputs = zoo.build(name)

@@ -5,7 +5,7 @@ reason, where the installed transformers has no such model.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import pytest
 import torch
@@ -41,6 +41,7 @@ TEXT = {
 }
 SIGLIP_TEXT = {**SIZE, "vocab_size": VOCABULARY, "max_position_embeddings": 64, "projection_size": 64}
 
+QUICK = ["siglip_vision", "siglip", "paligemma", "llava", "smolvlm"]
 Inputs = dict[str, Tensor]
 ZOO: dict[str, Callable[[], tuple[PreTrainedModel, Inputs]]] = {}
 
@@ -330,6 +331,11 @@ def smolvlm_padded():
     mask = torch.ones(2, 1, 32, 32, dtype=torch.bool)
     mask[1, :, :, 16:] = False
     return model, {**inputs, "pixel_attention_mask": mask}
+
+
+def quick(names: Iterable[str]) -> list:
+    """Parameters of a test: those in QUICK for every day, the others for the slow tier."""
+    return [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
 def build(name: str) -> tuple[PreTrainedModel, Inputs]:
