@@ -3,6 +3,12 @@
 from setuptools import setup
 
 setup(
-    packages=["siglip_fast", "siglip_fast.backends", "siglip_fast.tuning", "siglip_fast.kernels"],
+    packages=[
+        "siglip_fast",
+        "siglip_fast.backends",
+        "siglip_fast.integrations",
+        "siglip_fast.tuning",
+        "siglip_fast.kernels",
+    ],
     package_dir={"siglip_fast.kernels": "kernels"},
 )

@@ -259,11 +259,11 @@ class TestPaths:
     def test_globs(self, here):
         for name in ("x/1.png", "x/y/2.png", "x/y/3.jpg", "x/[4].png", "x/4.png"):
             save(name, picture(0))
-        every = embed.find_images(["x/**/*.png"])[0]
+        every = embed.find_files(["x/**/*.png"])[0]
         assert every == sorted(every) == sorted(["x/1.png", "x/4.png", "x/[4].png", "x/y/2.png"])
-        assert embed.find_images(["x/[4].png"])[0] == ["x/[4].png"]  # a file of this name comes first
-        assert embed.find_images(["x/[14].png"])[0] == ["x/1.png", "x/4.png"]
-        assert embed.find_images(["x/y*"])[0] == ["x/y/2.png", "x/y/3.jpg"]  # a folder that a glob matched
+        assert embed.find_files(["x/[4].png"])[0] == ["x/[4].png"]  # a file of this name comes first
+        assert embed.find_files(["x/[14].png"])[0] == ["x/1.png", "x/4.png"]
+        assert embed.find_files(["x/y*"])[0] == ["x/y/2.png", "x/y/3.jpg"]  # a folder that a glob matched
 
     @pytest.mark.parametrize("pattern", ["nowhere.png", "*.gif", "empty", "texts"])
     def test_a_pattern_without_images_is_an_error(self, here, checkpoint, capsys, pattern):

@@ -1,0 +1,1 @@
+"""Where siglip_fast plugs into other projects, a module for each; none is imported unless asked for."""
