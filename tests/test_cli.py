@@ -541,6 +541,12 @@ class TestModels:
         select._triton_unavailable.cache_clear()
         assert message in capsys.readouterr().err
 
+    def test_options_for_ray_are_not_ignored_without_it(self, here, checkpoint, capsys):
+        save("a.png", picture(0))
+        assert run(checkpoint, "a.png", "--out", "out.npy", "--part-size", 3) == 2
+        assert "--part-size is for --ray" in capsys.readouterr().err
+        assert os.listdir() == ["a.png"]
+
     def test_arguments_that_make_no_sense(self, checkpoint, capsys):
         for args in (["--batch-size", "0"], ["--workers", "-1"], ["--pool", "max"], ["--dtype", "int8"]):
             with pytest.raises(SystemExit) as exit:

@@ -198,7 +198,7 @@ def _parts_of_table(file: str, size: int, args: Namespace) -> Iterator[dict]:
         with parquet.ParquetFile(file) as opened:
             columns = _columns(file, opened.schema_arrow, args)
             rows = [opened.metadata.row_group(i).num_rows for i in range(opened.num_row_groups)]
-    except pa.ArrowException as error:
+    except (pa.ArrowException, OSError) as error:
         raise UserError(f"{file}: {first_line(error)}") from error
     first, start = 0, 0  # of the part: its first row group and row
     for group in range(1, len(rows) + 1):
@@ -257,7 +257,7 @@ def read_rows(part: dict, root: str) -> Iterator[tuple[str, bytes]]:
                 for image, id in zip(images, ids, strict=True):
                     yield f"{part['file']}:{row}" if id is None else str(id), encoded(image)
                     row += 1
-    except pa.ArrowException as error:
+    except (pa.ArrowException, OSError) as error:
         raise UserError(f"{part['file']}: {first_line(error)}") from error
 
 
