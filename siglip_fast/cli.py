@@ -73,7 +73,9 @@ def _add_embed(commands: argparse._SubParsersAction) -> None:
         choices=DTYPES,
         help="of the model; embeddings are always float32 (default: bfloat16 on cuda, else float32)",
     )
-    parser.add_argument("--force", action="store_true", help="overwrite existing output")
+    parser.add_argument(
+        "--force", action="store_true", help="overwrite existing output; with --ray, begin anew"
+    )
     _add_where(parser)
     _add_ray(parser)
     parser.set_defaults(run=embed.run)

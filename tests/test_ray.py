@@ -396,6 +396,9 @@ class TestFolder:
         assert Folder(here, [{"index": 0, "rows": 2}]).count() == (1, 1)
         with pytest.raises(UserError, match="1 rows and 1 errors, expected 3"):
             Folder(here, [{"index": 0, "rows": 3}]).count()
+        (here / PARTS[0]).write_bytes(b"PAR1")
+        with pytest.raises(UserError, match=f"{PARTS[0]}: .*; delete it and run again"):
+            Folder(here, [{"index": 0, "rows": 2}]).count()
 
 
 class TestPlace:

@@ -185,7 +185,7 @@ def find_parts(args: Namespace) -> tuple[list[dict], int]:
         parts = [{"images": files[i : i + size]} for i in range(0, len(files), size)]
         for part in parts:
             part["rows"] = len(part["images"])
-    if args.image_column and tables != {True} or args.id_column and tables != {True}:
+    if tables != {True} and (args.image_column or args.id_column):
         raise UserError("--image-column and --id-column are for Parquet files, and the paths are images")
     return [{"index": index, **part} for index, part in enumerate(parts)], repeated
 
@@ -386,18 +386,21 @@ class Folder:
         """The rows and the errors of all parts.
 
         Raises:
-            UserError: a part has not as many as it should, so somebody changed its file.
+            UserError: a part has not as many as it should, or cannot be read: its files were changed or cut since.
         """
+        import pyarrow as pa
         from pyarrow import parquet
 
         embedded = skipped = 0
         for part in self.parts:
             files = self.path / self.name(part), self.path / ERRORS / self.name(part)
-            rows, errors = (parquet.read_metadata(file).num_rows for file in files)
+            try:
+                rows, errors = (parquet.read_metadata(file).num_rows for file in files)
+            except (pa.ArrowException, OSError) as error:
+                raise UserError(f"{files[0]}: {first_line(error)}; delete it and run again") from error
             if rows + errors != part["rows"]:
-                raise UserError(
-                    f"{files[0]}: {rows} rows and {errors} errors, expected {part['rows']} in all"
-                )
+                found = f"{rows} rows and {errors} errors, expected {part['rows']} in all"
+                raise UserError(f"{files[0]}: {found}; delete it and run again")
             embedded, skipped = embedded + rows, skipped + errors
         return embedded, skipped
 
