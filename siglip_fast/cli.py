@@ -37,23 +37,25 @@ def _parser() -> argparse.ArgumentParser:
 def _add_embed(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "embed",
-        help="embed images into a Parquet or .npy file",
+        help="embed images into a Parquet or .npy file, or on Ray into a folder of Parquet files",
         description="Embeds images in the order given, each path once. Unreadable: named and skipped.",
         epilog="Exit status: 0 every image is embedded; 1 done, but some images were skipped; "
-        "2 could not start, or nothing was embedded; 130 interrupted. Output appears whole or not at all.",
+        "2 could not start, or nothing was embedded; 130 interrupted. Output appears whole or not at all; "
+        "with --ray, part by part, and the same command once more does what is left.",
     )
     parser.add_argument(
         "paths",
         nargs="+",
         metavar="PATH",
-        help="an image, a folder (searched recursively for image files) or a glob such as 'photos/**/*.jpg'",
+        help="an image, a folder (searched recursively for image files) or a glob such as 'photos/**/*.jpg'; "
+        "with --ray also .parquet files with a column of encoded images",
     )
     parser.add_argument(
         "--out",
         required=True,
         metavar="FILE",
         help="NAME.parquet (columns path, embedding), or NAME.npy (float32 [images, hidden_size]) with the "
-        "paths, one a line, in NAME.paths.txt",
+        "paths, one a line, in NAME.paths.txt; with --ray a folder",
     )
     _add_model(parser.add_mutually_exclusive_group(required=True), random_weights=None)
     parser.add_argument("--pool", choices=("head", "mean"), default="head", help=_POOL_HELP)
@@ -71,9 +73,53 @@ def _add_embed(commands: argparse._SubParsersAction) -> None:
         choices=DTYPES,
         help="of the model; embeddings are always float32 (default: bfloat16 on cuda, else float32)",
     )
-    parser.add_argument("--force", action="store_true", help="overwrite existing output")
+    parser.add_argument(
+        "--force", action="store_true", help="overwrite existing output; with --ray, begin anew"
+    )
     _add_where(parser)
+    _add_ray(parser)
     parser.set_defaults(run=embed.run)
+
+
+def _add_ray(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group(
+        "Ray",
+        "For collections that take many GPUs or machines. --out names a folder, which gets part-*.parquet files "
+        "(columns path, embedding) and in _errors the images without embedding (path, error). A run that "
+        "was stopped is finished by the same command; with other inputs or settings the folder is refused. On a "
+        "cluster, every machine must see inputs, model and output under the same names (a shared file "
+        "system). Needs the extra: pip install 'siglip-fast[ray]'.",
+    )
+    group.add_argument("--ray", action="store_true", help="embed on Ray")
+    group.add_argument(
+        "--ray-address",
+        metavar="ADDRESS",
+        help="a cluster to join (default: RAY_ADDRESS, else this machine only)",
+    )
+    group.add_argument(
+        "--ray-actors",
+        type=positive_integer,
+        metavar="N",
+        help="processes with a model each (default: one a GPU; without GPUs one a machine)",
+    )
+    group.add_argument(
+        "--part-size",
+        type=positive_integer,
+        metavar="N",
+        help="images a part, which is what is done again after a failure; of Parquet files, whole row groups of no "
+        "more rows, or one (default: 4096)",
+    )
+    group.add_argument(
+        "--image-column",
+        metavar="NAME",
+        help="of Parquet files: encoded images as binary, or Hugging Face's struct of bytes and path (default: image)",
+    )
+    group.add_argument(
+        "--id-column",
+        metavar="NAME",
+        help="of Parquet files: what the output has as path; a null is replaced by FILE:ROW (default: path, else the "
+        "path in Hugging Face's struct)",
+    )
 
 
 def _add_demo(commands: argparse._SubParsersAction) -> None:

@@ -1,10 +1,11 @@
 """`siglip-fast embed`: images in, one embedding each out, as Parquet or .npy.
 
-find_images → decode_ahead (threads) → Encoder (batches) → a sink, whose file appears whole or not at all
+find_files → embeddings (decode_ahead: threads; Encoder: batches) → a sink, whose file appears whole or not at all
 """
 
 import contextlib
 import glob
+import io
 import itertools
 import json
 import os
@@ -26,14 +27,31 @@ if TYPE_CHECKING:  # --help needs none of these
     from PIL.Image import Image
 
 
-IMAGE_SUFFIXES = frozenset(
-    ".avif .bmp .gif .jfif .jp2 .jpe .jpeg .jpg .pbm .pgm .png .pnm .ppm .tga .tif .tiff .webp".split()
-)
+IMAGES, PARQUET = "images", "Parquet files"
+SUFFIXES = {  # what a folder is searched for
+    IMAGES: frozenset(
+        ".avif .bmp .gif .jfif .jp2 .jpe .jpeg .jpg .pbm .pgm .png .pnm .ppm .tga .tif .tiff .webp".split()
+    ),
+    PARQUET: frozenset([".parquet"]),
+}
+ONLY_RAY = (
+    "ray_address",
+    "ray_actors",
+    "part_size",
+    "image_column",
+    "id_column",
+)  # arguments, None if not given
 
 
 def run(args: Namespace) -> int:
     """The subcommand: embeds `args.paths` into `args.out` and returns the exit status."""
-    paths, repeated = find_images(args.paths)
+    if args.ray:
+        from .integrations import ray
+
+        return ray.run(args)
+    if given := [name for name in ONLY_RAY if getattr(args, name) is not None]:
+        raise UserError(f"--{given[0].replace('_', '-')} is for --ray")
+    paths, repeated = find_files(args.paths)
     with open_sink(Path(args.out), args.force) as sink:  # first: a refusal should not take a minute
         encoder = Encoder(args)
         start = time.perf_counter()
@@ -49,8 +67,10 @@ def run(args: Namespace) -> int:
     return 1 if skipped else 0
 
 
-def find_images(patterns: Iterable[str]) -> tuple[list[str], int]:
-    """The images that files, folders and globs stand for, each once, in order; and the number of repeats.
+def find_files(patterns: Iterable[str], kind: str = IMAGES) -> tuple[list[str], int]:
+    """The files that names, folders and globs stand for, each once, in order; and the number of repeats.
+
+    Of a folder only files of the `kind`, IMAGES or PARQUET, are taken.
 
     Raises:
         UserError: one of them matches nothing, or a folder cannot be read.
@@ -59,11 +79,11 @@ def find_images(patterns: Iterable[str]) -> tuple[list[str], int]:
     def unreadable(error: OSError) -> None:  # os.walk leaves such folders out silently
         raise UserError(f"cannot read folder {error.filename}: {error.strerror}")
 
-    def images_in(folder: str) -> Iterator[str]:
+    def files_in(folder: str) -> Iterator[str]:
         for parent, folders, names in os.walk(folder, onerror=unreadable):
             folders.sort()
             for name in sorted(names):
-                if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES:
+                if os.path.splitext(name)[1].lower() in SUFFIXES[kind]:
                     yield os.path.join(parent, name)
 
     found: list[str] = []
@@ -71,9 +91,9 @@ def find_images(patterns: Iterable[str]) -> tuple[list[str], int]:
         matches = [pattern] if os.path.lexists(pattern) else sorted(glob.glob(pattern, recursive=True))
         files: list[str] = []
         for match in matches:
-            files += images_in(match) if os.path.isdir(match) else [match]
+            files += files_in(match) if os.path.isdir(match) else [match]
         if not files:
-            reason = "no images in this folder" if matches else "no such file or folder"
+            reason = f"no {kind} in this folder" if matches else "no such file or folder"
             raise UserError(f"{pattern}: {reason}")
         found += files
     unique: dict[str, str] = {}
@@ -82,14 +102,24 @@ def find_images(patterns: Iterable[str]) -> tuple[list[str], int]:
     return list(unique.values()), len(found) - len(unique)
 
 
-def read_image(path: str) -> "Image":
-    """The image as RGB, upright. Raises whatever Pillow raises on files that are no whole image."""
-    from PIL import Image, ImageOps
+def read_image(source: str | bytes) -> "Image":
+    """The image in a file or in encoded bytes, as RGB, upright.
 
-    path.encode()  # neither kind of output can name a file whose name is not UTF-8
-    if os.path.exists(path) and not os.path.isfile(path):
-        raise ValueError("not a regular file")  # opening a FIFO would wait for ever
-    with Image.open(path) as image:
+    Raises whatever Pillow raises on what is no whole image.
+    """
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    if not source:
+        raise ValueError("empty")
+    if isinstance(source, str):
+        source.encode()  # neither kind of output can name a file whose name is not UTF-8
+        if os.path.exists(source) and not os.path.isfile(source):
+            raise ValueError("not a regular file")  # opening a FIFO would wait for ever
+    try:
+        opened = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+    except UnidentifiedImageError:  # its text has an address in memory where the source is bytes
+        raise ValueError("cannot identify an image in it") from None
+    with opened as image:
         return to_rgb(ImageOps.exif_transpose(image), image.format)
 
 
@@ -106,18 +136,18 @@ def to_rgb(image: "Image", format: str | None = None) -> "Image":
 
 
 def decode_ahead(
-    paths: Iterable[str], decode: Callable[[str], Any], workers: int, ahead: int
-) -> Iterator[tuple[str, Any]]:
-    """(path, `decode(path)` or the exception it raised), in order; at most `ahead` are held in advance."""
+    items: Iterable[Any], decode: Callable[[Any], Any], workers: int, ahead: int
+) -> Iterator[tuple[Any, Any]]:
+    """(item, `decode(item)` or the exception it raised), in order; at most `ahead` are held in advance."""
     pool = ThreadPoolExecutor(workers)
-    queue: deque[tuple[str, Future]] = deque()
+    queue: deque[tuple[Any, Future]] = deque()
 
-    def settled(path: str, future: Future) -> tuple[str, Any]:
-        return path, future.exception() or future.result()
+    def settled(item: Any, future: Future) -> tuple[Any, Any]:
+        return item, future.exception() or future.result()
 
     try:
-        for path in paths:
-            queue.append((path, pool.submit(decode, path)))
+        for item in items:
+            queue.append((item, pool.submit(decode, item)))
             if len(queue) > ahead:
                 yield settled(*queue.popleft())
         while queue:
@@ -128,8 +158,6 @@ def decode_ahead(
 
 def embed(paths: list[str], encoder: "Encoder", sink: "Sink", batch_size: int, workers: int) -> int:
     """Writes the embeddings to `sink`. Images that have none are named on stderr; returns their number."""
-    import numpy as np
-    import torch
     from tqdm import tqdm
 
     skipped = 0
@@ -141,35 +169,60 @@ def embed(paths: list[str], encoder: "Encoder", sink: "Sink", batch_size: int, w
         name = path if path.isprintable() else repr(path)
         bar.write(f"siglip-fast: skipped {name}: {reason}", file=sys.stderr)
 
-    def usable(decoded: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
-        for path, result in decoded:
-            if isinstance(result, Exception):
-                skip(path, first_line(result))
-            elif reason := sink.refuses(path):
+    def accepted() -> Iterator[tuple[str, str]]:
+        for path in paths:
+            if reason := sink.refuses(path):
                 skip(path, reason)
             else:
-                yield path, result
+                yield path, path
 
     with (
         tqdm(total=len(paths), unit="image", smoothing=0.1) as bar,
-        contextlib.closing(decode_ahead(paths, encoder.decode, workers, ahead=batch_size)) as decoded,
+        contextlib.closing(embeddings(accepted(), encoder, batch_size, workers, skip)) as batches,
     ):
-        images = usable(decoded)
-        while batch := list(itertools.islice(images, batch_size)):
-            rows = encoder(torch.stack([pixel_values for _, pixel_values in batch]))
-            kept = []
-            for i, (path, _) in enumerate(batch):
-                if np.isfinite(rows[i]).all():
-                    kept.append(i)
-                    bar.update()
-                else:
-                    skip(path, "its embedding is not finite; try --dtype float32")
-            sink.write([batch[i][0] for i in kept], rows[kept], encoder.metadata)
+        for names, rows in batches:
+            bar.update(len(names))
+            sink.write(names, rows, encoder.metadata)
     return skipped
 
 
+def embeddings(
+    images: Iterable[tuple[Any, str | bytes]],
+    encoder: "Encoder",
+    batch_size: int,
+    workers: int,
+    skip: Callable[[Any, str], None],
+) -> Iterator[tuple[list[Any], "np.ndarray"]]:
+    """A batch at a time, the names of images and their embeddings, float32 [batch, hidden_size], in order.
+
+    `images` are (name, file or encoded bytes). Those that have no embedding are told to `skip(name, reason)`.
+    """
+    import numpy as np
+    import torch
+
+    def usable(decoded: Iterable[tuple[Any, Any]]) -> Iterator[tuple[Any, "torch.Tensor"]]:
+        for (name, _), result in decoded:
+            if isinstance(result, Exception):
+                skip(name, first_line(result))
+            else:
+                yield name, result
+
+    def decode(image: tuple[Any, str | bytes]) -> "torch.Tensor":
+        return encoder.decode(image[1])
+
+    with contextlib.closing(decode_ahead(images, decode, workers, ahead=batch_size)) as decoded:
+        good = usable(decoded)
+        while batch := list(itertools.islice(good, batch_size)):
+            names, pixel_values = zip(*batch, strict=True)
+            rows = encoder(torch.stack(pixel_values))
+            finite = np.isfinite(rows).all(axis=1)
+            for i in np.flatnonzero(~finite):
+                skip(names[i], "its embedding is not finite; try --dtype float32")
+            yield [names[i] for i in np.flatnonzero(finite)], rows[finite]
+
+
 class Encoder:
-    """The model and image processor that the arguments ask for, from a path to its embedding."""
+    """The model and image processor that the arguments ask for, from an image to its embedding."""
 
     def __init__(self, args: Namespace):
         import PIL
@@ -198,8 +251,8 @@ class Encoder:
             "versions": json.dumps(versions),
         }
 
-    def decode(self, path: str) -> "torch.Tensor":
-        return pixel_values(self._processor, read_image(path))
+    def decode(self, source: str | bytes) -> "torch.Tensor":
+        return pixel_values(self._processor, read_image(source))
 
     def __call__(self, pixel_values: "torch.Tensor") -> "np.ndarray":
         import torch

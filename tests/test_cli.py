@@ -259,11 +259,11 @@ class TestPaths:
     def test_globs(self, here):
         for name in ("x/1.png", "x/y/2.png", "x/y/3.jpg", "x/[4].png", "x/4.png"):
             save(name, picture(0))
-        every = embed.find_images(["x/**/*.png"])[0]
+        every = embed.find_files(["x/**/*.png"])[0]
         assert every == sorted(every) == sorted(["x/1.png", "x/4.png", "x/[4].png", "x/y/2.png"])
-        assert embed.find_images(["x/[4].png"])[0] == ["x/[4].png"]  # a file of this name comes first
-        assert embed.find_images(["x/[14].png"])[0] == ["x/1.png", "x/4.png"]
-        assert embed.find_images(["x/y*"])[0] == ["x/y/2.png", "x/y/3.jpg"]  # a folder that a glob matched
+        assert embed.find_files(["x/[4].png"])[0] == ["x/[4].png"]  # a file of this name comes first
+        assert embed.find_files(["x/[14].png"])[0] == ["x/1.png", "x/4.png"]
+        assert embed.find_files(["x/y*"])[0] == ["x/y/2.png", "x/y/3.jpg"]  # a folder that a glob matched
 
     @pytest.mark.parametrize("pattern", ["nowhere.png", "*.gif", "empty", "texts"])
     def test_a_pattern_without_images_is_an_error(self, here, checkpoint, capsys, pattern):
@@ -540,6 +540,12 @@ class TestModels:
         assert run(checkpoint, "a.png", "--out", "out.parquet", *args) == 2
         select._triton_unavailable.cache_clear()
         assert message in capsys.readouterr().err
+
+    def test_options_for_ray_are_not_ignored_without_it(self, here, checkpoint, capsys):
+        save("a.png", picture(0))
+        assert run(checkpoint, "a.png", "--out", "out.npy", "--part-size", 3) == 2
+        assert "--part-size is for --ray" in capsys.readouterr().err
+        assert os.listdir() == ["a.png"]
 
     def test_arguments_that_make_no_sense(self, checkpoint, capsys):
         for args in (["--batch-size", "0"], ["--workers", "-1"], ["--pool", "max"], ["--dtype", "int8"]):
