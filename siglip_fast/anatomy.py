@@ -30,6 +30,7 @@ class Anatomy(NamedTuple):
     view: Callable[[nn.Module], Any]  # the tower under the names of transformers' SigLIP, without copies
     patch_embedding: Callable[[nn.Module], nn.Module]
     watched: tuple[str, ...]  # attributes of the tower itself that its results depend on
+    parameters: tuple[type, ...] = (nn.Parameter,)  # the classes of parameters that are plain memory
 
 
 def of_transformers(home: types.ModuleType, prefix: str, tower_class: type | None = None) -> Anatomy:
@@ -56,7 +57,7 @@ def of_transformers(home: types.ModuleType, prefix: str, tower_class: type | Non
         if tower_class is not None:
             compare_class("vision_model", tower, tower_class)
         check_tensors(tower, tower.embeddings.patch_embedding.weight)
-        _check_position_ids(tower.embeddings._buffers.get("position_ids"))
+        check_position_ids(tower.embeddings._buffers.get("position_ids"))
 
     return Anatomy(
         check=check,
@@ -111,15 +112,15 @@ def _is_same(own: object, expected: object) -> bool:
     return type(own) is type(expected) and own == expected
 
 
-def check_tensors(tower: nn.Module, reference: Tensor) -> None:
-    """Raise Unsupported unless parameters and buffers are plain tensors, on the device and of the dtype of `reference`."""
+def check_tensors(tower: nn.Module, reference: Tensor, classes: tuple[type, ...] = (nn.Parameter,)) -> None:
+    """Raise Unsupported unless all tensors are plain, parameters of `classes`, with `reference`'s device and dtype."""
     if any(getattr(module, "_is_fsdp_managed_module", False) for module in tower.modules()):
         # What a call sees was gathered for it, into the same parameters each time; torch does not count that as an edit.
         raise Unsupported("the parameters are FSDP's, gathered for the time of a call")
     parameters = dict(tower.named_parameters())
     for name, tensor in (parameters | dict(tower.named_buffers())).items():
         # A parameter that is none was put there for the time of a call (torch.func.functional_call, FSDP).
-        if not is_plain(tensor) or (name in parameters and type(tensor) is not nn.Parameter):
+        if not is_plain(tensor, classes) or (name in parameters and type(tensor) not in classes):
             raise Unsupported(f"{name} is a {type(tensor).__name__}, not a plain tensor")
         if tensor.is_inference():
             raise Unsupported(
@@ -134,7 +135,8 @@ def check_tensors(tower: nn.Module, reference: Tensor) -> None:
         raise Unsupported("the parameters are on the meta device")
 
 
-def _check_position_ids(position_ids: Tensor | None) -> None:
+def check_position_ids(position_ids: Tensor | None) -> None:
+    """Raise Unsupported unless the patches have the positions 0, 1, 2, …"""
     if position_ids is None:  # of a kind that computes them
         return
     if not torch.equal(position_ids, torch.arange(position_ids.shape[1], device=position_ids.device)[None]):

@@ -30,7 +30,7 @@ def forward(
         h = _fc1(ops, x, m, layer.fc1, weights.exact_gelu)
         x, m = ops.linear_residual(h, layer.fc2, x)
         collect(x)
-    y = ops.layernorm(x, m, weights.post_layernorm)
+    y = x if weights.post_layernorm is None else ops.layernorm(x, m, weights.post_layernorm)
     if weights.head is None:
         return y, None
     head = weights.head

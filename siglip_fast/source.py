@@ -8,8 +8,11 @@ from torch import Tensor, nn
 class Source:
     """What a tower was made of when this was: its modules, their settings, its parameters and buffers."""
 
-    def __init__(self, tower: nn.Module, watched: Iterable[str]):
-        """`watched` are the attributes of the tower itself that matter; of the modules below it all do."""
+    def __init__(self, tower: nn.Module, watched: Iterable[str], parameters: tuple[type, ...]):
+        """`watched` are the attributes of the tower itself that matter; of the modules below it all do.
+
+        `parameters` are the classes of parameters that are plain memory.
+        """
         self.tower = tower
         self._modules = [
             (m, type(m).forward, dict(m._modules), list(settings(m).items()), len(vars(m)))
@@ -19,7 +22,7 @@ class Source:
         self._root = [(name, vars(tower).get(name)) for name in watched]
         self._children = dict(tower._modules)
         self._tensors = [
-            (tensors, name, tensor, *_trace(tensor))
+            (tensors, name, tensor, *_trace(tensor, parameters))
             for m in tower.modules()
             for tensors in (m._parameters, m._buffers)
             for name, tensor in tensors.items()
@@ -68,18 +71,18 @@ def settings(module: nn.Module) -> dict[str, object]:
     return {k: v for k, v in vars(module).items() if not k.startswith("_") and k != "training"}
 
 
-def _trace(tensor: Tensor | None) -> tuple[Tensor | None, int, int]:
+def _trace(tensor: Tensor | None, parameters: tuple[type, ...]) -> tuple[Tensor | None, int, int]:
     """(alias, address, version) of a tensor whose edits show, else (None, 0, 0).
 
     The alias keeps the memory alive, so that a tensor moved elsewhere has another address.
     """
-    if not is_plain(tensor) or tensor.is_inference() or tensor.device.type == "meta":
+    if not is_plain(tensor, parameters) or tensor.is_inference() or tensor.device.type == "meta":
         return None, 0, 0
     return tensor.detach(), tensor.data_ptr(), tensor._version
 
 
-def is_plain(tensor: Tensor | None) -> bool:
-    return type(tensor) in (Tensor, nn.Parameter, nn.Buffer) and type(tensor.data) is Tensor
+def is_plain(tensor: Tensor | None, parameters: tuple[type, ...]) -> bool:
+    return type(tensor) in (Tensor, nn.Buffer, *parameters) and type(tensor.data) is Tensor
 
 
 def _is_active(hook) -> bool:

@@ -34,7 +34,7 @@ class HeadWeights(NamedTuple):
 class TowerWeights(NamedTuple):
     patch: PatchEmbedding
     layers: list[LayerWeights]
-    post_layernorm: Norm
+    post_layernorm: Norm | None  # None: what the last layer gives is the last hidden state
     head: HeadWeights | None
     num_heads: int
     exact_gelu: bool  # by erf, in the place of the tanh form
@@ -44,7 +44,7 @@ class Derived:
     """The derived weights of a tower for one backend, made when first asked for, or the reason why there are none."""
 
     def __init__(self, tower: nn.Module, anatomy: Anatomy, backend: str):
-        self.source = Source(tower, anatomy.watched)
+        self.source = Source(tower, anatomy.watched, anatomy.parameters)
         self._anatomy = anatomy
         self.ops = Ops(backend)
         self.weights: TowerWeights | None = None
@@ -110,7 +110,7 @@ def _tower_weights(tower: Any, pack: Pack) -> TowerWeights:
     return TowerWeights(
         patch=PatchEmbedding(weight, _plain(conv.bias), tower.embeddings.patch_size),
         layers=[_layer_weights(layer, pack) for layer in tower.encoder.layers],
-        post_layernorm=_norm(tower.post_layernorm),
+        post_layernorm=tower.post_layernorm and _norm(tower.post_layernorm),
         head=_head_weights(tower.head, pack) if getattr(tower, "use_head", False) else None,
         num_heads=tower.encoder.layers[0].self_attn.num_heads,
         exact_gelu=getattr(tower, "exact_gelu", False),

@@ -170,7 +170,7 @@ stock = siglip.SiglipVisionTransformer
 vllm.plugins.load_general_plugins()
 vllm.plugins.plugins_loaded = False
 vllm.plugins.load_general_plugins()
-assert siglip.SiglipVisionTransformer.__bases__ == (stock,), siglip.SiglipVisionTransformer
+assert siglip.SiglipVisionTransformer.__bases__[1:] == (stock,), siglip.SiglipVisionTransformer
 
 torch.manual_seed(0)
 config = SiglipVisionConfig(hidden_size=144, num_attention_heads=2, intermediate_size=160, image_size=48,
@@ -221,7 +221,7 @@ for kwargs in ({}, {"use_head": True}, {"num_hidden_layers_override": 2}, {"requ
     model = build(**kwargs)
     assert model.vision_model.why_not(pixels) is None, model.vision_model.why_not(pixels)
     close(both(model), 1e-5)
-    assert model.vision_model._encoder is not None
+    assert model.vision_model.derived_bytes()
 close(both(model, select_layers=[0, -2, -1], feature_select_strategy="full"), 1e-5)
 # Triton's interpreter computes bfloat16 wrongly
 half = torch.float16 if os.environ.get("SIGLIP_FAST_BACKEND") == "triton" else torch.bfloat16
@@ -237,10 +237,27 @@ AutoWeightsLoader(model).load_weights((f"vision_model.{n}", -w.clone()) for n, w
 after = both(model)
 close(after, 1e-5)
 assert not torch.allclose(before, after[0])
-encoder = tower._encoder
+derived = tower._derived
 tower.encoder.layers[0].mlp.fc1.weight.mul_(2)
 close(both(model), 1e-5)
-assert tower._encoder is not encoder
+assert tower._derived is not derived
+linear = tower.encoder.layers[2].self_attn.qkv_proj
+for new in (torch.nn.Parameter(2 * linear.weight, False), linear.weight):  # ours, then vLLM's kind again
+    before = both(model)[0]
+    linear.weight = new
+    after = both(model)
+    assert not torch.allclose(before, after[0])
+    close(after, 1e-5)
+before = after[0]
+linear.weight.data = 2 * linear.weight.data
+after = both(model)
+assert not torch.allclose(before, after[0])
+close(after, 1e-5)
+
+seen = []  # what is behind the encoder stays vLLM's
+tower.last_hs_proc = lambda states: seen.append(states) or states
+close(both(model), 1e-5)
+assert len(seen) == 2
 print("DONE")
 """
     output = run(VLLM + code, tmp_path, monkeypatch)
@@ -257,7 +274,7 @@ def delegates(model, reason, pixels=pixels, same=True, **kwargs):
     if same:
         pair = both(model, pixels, **kwargs)
         assert torch.equal(*pair)
-        assert tower._encoder is None
+        assert not tower.derived_bytes()
 
 gelu = SiglipVisionConfig(**{**config.to_dict(), "hidden_act": "gelu"})
 delegates(build(config=gelu), "hidden_act is 'gelu'")
@@ -265,7 +282,7 @@ wide = SiglipVisionConfig(**{**config.to_dict(), "hidden_size": 288})
 delegates(build(config=wide), "head_dim is above 128")
 model = build()
 model.vision_model.encoder.layers[1].mlp.fc1.register_forward_hook(lambda *args: None)
-delegates(model, "layers.1.mlp.fc1 has forward hooks")
+delegates(model, "a ColumnParallelLinear has forward hooks")
 model = build()
 model.vision_model.encoder.layers[0].mlp.fc2.quant_method = type("Fp8", (siglip.LayerNorm,), {})
 delegates(model, "layers.0.mlp.fc2 is quantized", same=False)
@@ -280,16 +297,39 @@ model.vision_model.encoder.layers[0].layer_norm1 = torch.nn.LayerNorm(144).requi
 delegates(model, "layers.0.layer_norm1 is a LayerNorm")
 with torch.inference_mode():
     hidden = build()
-delegates(hidden, "was made under torch.inference_mode")
+delegates(hidden, "made under torch.inference_mode")
 delegates(build(), "have shape [2, 3, 64, 48]", torch.randn(2, 3, 64, 48), same=False)
 delegates(build(), "interpolate_pos_encoding", same=False, interpolate_pos_encoding=True)
-os.environ["SIGLIP_FAST_BACKEND"] = "torch"
+with torch.autocast("cpu", torch.bfloat16):
+    delegates(build(), "autocast is active", same=False)
+os.environ["VLLM_BATCH_INVARIANT"] = "1"
+delegates(build(), "VLLM_BATCH_INVARIANT is set", same=False)
+del os.environ["VLLM_BATCH_INVARIANT"]
+delegates(build(), "gradients are needed", pixels.clone().requires_grad_(), same=False)
+
+model = build()
+both(model)
+linear = model.vision_model.encoder.layers[0].mlp.fc1
+assert model.vision_model.derived_bytes()
+model.vision_model.encoder.layers[0].mlp.fc1 = torch.nn.Sequential(linear)  # as LoRA puts its own around it
+with torch.no_grad():
+    assert "encoder.layers.0.mlp.fc1 is a Sequential" in model.vision_model.why_not(pixels)
+model.vision_model.encoder.layers[0].mlp.fc1 = linear
+assert model.vision_model.why_not(pixels) is None
+linear.tp_size = 2
+delegates(model, "is tensor-parallel over 2")
+
+model = build()
+with torch.no_grad():
+    assert torch.equal(torch.compile(model, backend="eager")(pixels), both(model)[1])
+    assert model.vision_model._failure is None and not torch.equal(*both(model))
 
 import siglip_fast.integrations.vllm_tower as module
-module.Encoder = lambda *args: 1 / 0
+module.forward = lambda *args: 1 / 0
 model = build()
 assert torch.equal(*both(model))
-delegates(model, "the first fused forward failed: ZeroDivisionError")
+assert model.vision_model._derived is None
+delegates(model, "the first fused forward failed: ZeroDivisionError", same=False)
 print("DONE")
 """
     assert "DONE" in run(VLLM + code, tmp_path, monkeypatch)
