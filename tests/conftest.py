@@ -5,6 +5,8 @@ import os
 import pytest
 import torch
 
+os.environ.pop("PYTEST_ADDOPTS", None)  # is for this pytest, not for those that tests start
+
 # A GPU, or ttsem, which says of every tensor that it is on one.
 ON_GPU = torch.cuda.is_available() or torch.empty(0).is_cuda
 DEVICE = "cuda" if ON_GPU else "cpu"
