@@ -21,7 +21,8 @@ from PIL import Image
 from pyarrow import parquet
 from test_cli import TINY, check, checkpoint, expected, here, make_checkpoint, picture, read, run, save
 
-from siglip_fast.integrations.ray import ATTEMPTS, Embedder, Folder, PartWriter, _place
+from siglip_fast.integrations.parts import Folder
+from siglip_fast.integrations.ray import ATTEMPTS, Embedder, PartWriter, _place
 from siglip_fast.loading import UserError
 
 ray = pytest.importorskip("ray")
