@@ -28,7 +28,7 @@ class Anatomy(NamedTuple):
 
     check: Callable[[nn.Module], None]  # raises Unsupported unless the operations compute what the tower does
     view: Callable[[nn.Module], Any]  # the tower under the names of transformers' SigLIP, without copies
-    patch_embedding: Callable[[nn.Module], nn.Module]
+    patch_embedding: Callable[[nn.Module], nn.Module | None]  # None where something else is in its place
     watched: tuple[str, ...]  # attributes of the tower itself that its results depend on
     parameters: tuple[type, ...] = (nn.Parameter,)  # the classes of parameters that are plain memory
 
@@ -44,6 +44,9 @@ def of_transformers(home: types.ModuleType, prefix: str, tower_class: type | Non
 
     def check(tower: nn.Module) -> None:
         config = tower.config
+        compare_class("encoder", tower.encoder, encoder)
+        if not len(tower.encoder.layers):
+            raise Unsupported("there are no layers")
         with torch.device("meta"):
             compare("embeddings", tower.embeddings, embeddings(config))
             fresh = layer(config)
@@ -53,7 +56,6 @@ def of_transformers(home: types.ModuleType, prefix: str, tower_class: type | Non
             compare("post_layernorm", tower.post_layernorm, nn.LayerNorm(config.hidden_size))
             if getattr(tower, "use_head", False):
                 compare("head", tower.head, head(config))
-        compare_class("encoder", tower.encoder, encoder)
         if tower_class is not None:
             compare_class("vision_model", tower, tower_class)
         check_tensors(tower, tower.embeddings.patch_embedding.weight)
@@ -62,9 +64,16 @@ def of_transformers(home: types.ModuleType, prefix: str, tower_class: type | Non
     return Anatomy(
         check=check,
         view=lambda tower: tower,
-        patch_embedding=lambda tower: tower.embeddings.patch_embedding,
+        patch_embedding=lambda tower: descendant(tower, "embeddings", "patch_embedding"),
         watched=("use_head", "config"),
     )
+
+
+def descendant(module: nn.Module | None, *names: str) -> nn.Module | None:
+    """The module below `module` by these names, or None where there is none."""
+    for name in names:
+        module = None if module is None else module._modules.get(name)
+    return module
 
 
 def check_layer(activation: nn.Module, head_dim: int, name: str) -> None:
@@ -84,7 +93,9 @@ def compare(name: str, module: nn.Module | None, fresh: nn.Module) -> None:
         if key not in ("eps", "config") and not _is_same(own, expected):
             raise Unsupported(f"{name}.{key} is {own!r}, by the config {expected!r}")
     for key, value in vars(module).items():
-        if key not in vars(fresh) and callable(value) and not is_own_method(module, key):
+        # gradient checkpointing leaves its function behind when it is disabled; it acts in training only
+        is_known = key in vars(fresh) or key == "_gradient_checkpointing_func"
+        if not is_known and callable(value) and not is_own_method(module, key):
             raise Unsupported(f"{name}.{key} is replaced")
     for own, expected in ((module._parameters, fresh._parameters), (module._buffers, fresh._buffers)):
         for key, tensor in expected.items():
@@ -97,7 +108,11 @@ def compare(name: str, module: nn.Module | None, fresh: nn.Module) -> None:
 
 def compare_class(name: str, module: nn.Module | None, expected: type) -> None:
     if type(module) is not expected:
-        raise Unsupported(f"{name} is a {type(module).__name__}, not a {expected.__name__}")
+        classes = (type(module), expected)
+        names = [cls.__name__ for cls in classes]
+        if names[0] == names[1]:
+            names = [f"{cls.__module__}.{cls.__name__}" for cls in classes]
+        raise Unsupported(f"{name} is a {names[0]}, not a {names[1]}")
     home = expected.__module__
     if (
         not home.startswith(("torch.nn.modules.", "transformers.", "timm."))

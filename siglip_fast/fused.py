@@ -20,7 +20,7 @@ try:
 except ImportError:  # transformers before 5.2
     from transformers.utils.generic import _CAN_RECORD_REGISTRY
 
-from .anatomy import Anatomy
+from .anatomy import Anatomy, descendant
 from .backends.select import NAMES, backend_for, is_capturing
 from .weights import Derived
 
@@ -79,6 +79,12 @@ class Fused(nn.Module):
         return self._derived.memory() if self._derived else 0
 
     @classmethod
+    def is_custom_code(cls) -> bool:
+        # transformers 5 renames the keys of older checkpoints only for classes that it takes for its own; without
+        # that, a composite model around a fast tower loads them as random weights.
+        return not cls.__module__.startswith(f"{__package__}.") and super().is_custom_code()
+
+    @classmethod
     def declines(cls, tower: nn.Module) -> str | None:
         """Why `tower`, of the stock class, is not to become one of this class at all, if it is not."""
         return None
@@ -94,7 +100,8 @@ class Fused(nn.Module):
 
     def _patch_weight(self) -> Tensor | None:
         # None where the module was replaced by one that has no such parameter
-        return self.anatomy.patch_embedding(self._tower)._parameters.get("weight")
+        conv = self.anatomy.patch_embedding(self._tower)
+        return None if conv is None else conv._parameters.get("weight")
 
     def _current(self) -> Derived:
         derived = self._derived  # once: another thread may drop it
@@ -120,7 +127,7 @@ class Fused(nn.Module):
     def _delegate(self, reason: str) -> None:
         """To be called before stock's code runs, for `reason`. Raises RuntimeError where `strict` is set."""
         if reason is _GRADIENTS:
-            self._drop()  # the weights are about to change, perhaps in ways that torch does not count
+            self.forget_derived()  # the weights are about to change, perhaps in ways that torch does not count
         if self.strict:
             raise RuntimeError(f"the fused forward does not apply: {reason}")
         _log_once(type(self).__name__, reason)
@@ -133,6 +140,8 @@ class Fused(nn.Module):
             pixel_values.requires_grad or any(p.requires_grad for p in self.parameters())
         ):
             yield _GRADIENTS
+        if reason := _patched_reason(stock_class(type(self))):
+            yield reason
         if getattr(self, "_is_replica", False):
             yield "this is a replica of torch.nn.DataParallel"
         if type(pixel_values) not in (Tensor, nn.Parameter, nn.Buffer):
@@ -152,14 +161,15 @@ class Fused(nn.Module):
 
     def train(self, mode: bool = True) -> "Fused":
         if mode != self.training:
-            self._drop()  # training needs the memory, and is about to change the weights
+            self.forget_derived()  # training needs the memory, and is about to change the weights
         return super().train(mode)
 
     def _apply(self, fn: Callable, *args, **kwargs) -> "Fused":
-        self._drop()  # moved or cast: do not keep the old copies until the next forward
+        self.forget_derived()  # moved or cast: do not keep the old copies until the next forward
         return super()._apply(fn, *args, **kwargs)
 
-    def _drop(self) -> None:
+    def forget_derived(self) -> None:
+        """Lets go of the derived weights: the next forward reads the parameters again. For edits that torch does not count."""
         self._derived = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -174,9 +184,35 @@ def checked_backend(backend: str | None) -> str:
     return backend
 
 
-def attention_reasons(layers: nn.ModuleList) -> Iterator[str]:
+def stock_class(fast: type[Fused]) -> type[nn.Module]:
+    """The class whose instances become those of `fast`."""
+    return next(base for base in fast.__mro__ if not issubclass(base, Fused))
+
+
+def keyword_reasons(config: Any, kwargs: dict[str, Any], ignored: tuple[str, ...] = ()) -> Iterator[str]:
+    """Why a tower of transformers, called with `kwargs`, has to run as stock's. `output_hidden_states` is not looked at."""
+    if kwargs.get("output_attentions", getattr(config, "output_attentions", False)):
+        yield "output_attentions was asked for"
+    known = ("return_dict", "output_attentions", "output_hidden_states", *ignored)
+    if extra := [name for name, value in kwargs.items() if name not in known and value is not None]:
+        yield f"the stock code takes the keyword arguments {', '.join(extra)}"
+    if kwargs.get("return_dict", True) is None and config.return_dict is False:
+        yield "return_dict is None, which means different things to different versions of transformers"
+
+
+def in_asked_form(output: Any, config: Any, kwargs: dict[str, Any]) -> Any:
+    """`output`, a ModelOutput, or the tuple of its values where return_dict is False."""
+    return (
+        output.to_tuple()
+        if kwargs.get("return_dict", getattr(config, "return_dict", True)) is False
+        else output
+    )
+
+
+def attention_reasons(tower: nn.Module) -> Iterator[str]:
     """Why the attention of transformers' encoder layers has to run as stock's: its implementation, or dropout."""
-    attentions = [layer._modules.get("self_attn") for layer in layers]
+    layers = descendant(tower, "encoder", "layers")
+    attentions = [layer._modules.get("self_attn") for layer in layers or ()]
     for name in sorted({m.config._attn_implementation for m in attentions if hasattr(m, "config")}):
         if name not in _EXACT_ATTENTION:
             yield f"attention implementation {name!r} was asked for"
@@ -192,7 +228,7 @@ _NOT_DERIVED = "a CUDA graph is being captured before the weights were derived (
 _EXACT_ATTENTION = ("sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4")
 
 
-# These three ask what torch.compile cannot trace. It calls them as it traces, and what they answer is part of the graph.
+# These ask what torch.compile cannot trace. It calls them as it traces, and what they answer is part of the graph.
 @torch.compiler.assume_constant_result
 def _mode_reason(device: torch.device) -> str | None:
     if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
@@ -201,6 +237,13 @@ def _mode_reason(device: torch.device) -> str | None:
         return "autocast is active"
     if torch.jit.is_tracing() or torch.utils._python_dispatch._get_current_dispatch_mode() is not None:
         return "the operations are traced or intercepted (torch.jit.trace, make_fx, a TorchDispatchMode)"
+    return None
+
+
+@torch.compiler.assume_constant_result
+def _patched_reason(stock: type[nn.Module]) -> str | None:
+    if stock.forward.__module__ != stock.__module__:
+        return f"the forward of {stock.__name__} is patched"
     return None
 
 

@@ -10,6 +10,7 @@ from typing import ClassVar, get_args
 
 import torch
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.idefics3 import modeling_idefics3
 from transformers.models.smolvlm import modeling_smolvlm
@@ -17,14 +18,17 @@ from transformers.models.smolvlm import modeling_smolvlm
 from .anatomy import of_transformers
 from .backends.select import is_capturing
 from .forward import forward
-from .fused import Fused, attention_reasons
-from .ops import DTYPES
+from .fused import Fused, attention_reasons, in_asked_form, keyword_reasons
 
 
 class IdeficsTower(Fused):
     """What makes such a tower fast: mixed into the stock class, before it."""
 
     output_class: ClassVar[type[BaseModelOutput]]
+
+    def __init__(self, config: PretrainedConfig):
+        super().__init__(config)
+        self.become_fast(backend=None, strict=False)
 
     def forward(
         self, pixel_values: Tensor, patch_attention_mask: Tensor | None = None, **kwargs
@@ -35,47 +39,51 @@ class IdeficsTower(Fused):
             TypeError: pixel_values are no tensor.
             RuntimeError: `strict` is set and the fused path does not apply, or the backend asked for cannot run here.
         """
-        derived, reason = self._route(pixel_values, patch_attention_mask, **kwargs)
-        if reason is not None:
+        if not torch.compiler.is_exporting():
+            derived, reason = self._route(pixel_values, patch_attention_mask, **kwargs)
+            if reason is None:
+                with torch.no_grad():
+                    position = self._position(pixel_values)
+                    last_hidden_state, _ = forward(derived.ops, derived.weights, pixel_values, position)
+                return in_asked_form(
+                    self.output_class(last_hidden_state=last_hidden_state), self.config, kwargs
+                )
             self._delegate(reason)
-            return super().forward(pixel_values, patch_attention_mask=patch_attention_mask, **kwargs)
-        with torch.no_grad():
-            position = self._position(pixel_values)
-            if pixel_values.dtype not in DTYPES:
-                pixel_values = pixel_values.to(position.dtype)
-            last_hidden_state, _ = forward(derived.ops, derived.weights, pixel_values, position)
-        output = self.output_class(last_hidden_state=last_hidden_state)
-        return_dict = kwargs.get("return_dict", getattr(self.config, "return_dict", True))
-        return output.to_tuple() if return_dict is False else output
+        return super().forward(pixel_values, patch_attention_mask=patch_attention_mask, **kwargs)
+
+    def _call_reasons(
+        self, pixel_values: Tensor, patch_attention_mask: Tensor | None = None, **kwargs
+    ) -> Iterator[str]:
+        yield from super()._call_reasons(pixel_values, patch_attention_mask, **kwargs)
+        # What is wrong with these stock's code is to say.
+        weight, p = self._patch_weight(), self.patch_size
+        if weight is None:
+            return  # the tower has a reason
+        if (
+            pixel_values.ndim != 4
+            or pixel_values.shape[1] != weight.shape[1]
+            or min(pixel_values.shape[2:]) < p
+        ):
+            yield f"pixel_values have the shape [batch, {', '.join(map(str, pixel_values.shape[1:]))}]"
+            return
+        if pixel_values.dtype != weight.dtype:
+            yield f"pixel_values are {pixel_values.dtype}, the weights {weight.dtype}"
+        B, _, height, width = pixel_values.shape
+        mask = patch_attention_mask
+        if mask is not None and (mask.dtype != torch.bool or mask.shape != (B, height // p, width // p)):
+            yield "patch_attention_mask is not bool, or not of the images' patches"
 
     def _request_reasons(self, patch_attention_mask: Tensor | None = None, **kwargs) -> Iterator[str]:
         if torch.compiler.is_compiling():
             yield "torch.compile traces"
-        for name in ("output_attentions", "output_hidden_states"):
-            if kwargs.get(name, getattr(self.config, name, False)):
-                yield f"{name} was asked for"
-        if extra := [name for name, value in kwargs.items() if name not in _OWN_KWARGS and value is not None]:
-            yield f"the keyword arguments {', '.join(extra)} were given"
-        if kwargs.get("return_dict", True) is None:
-            yield "return_dict is None, which means different things to different versions of transformers"
+        yield from keyword_reasons(self.config, kwargs)
+        if kwargs.get("output_hidden_states", getattr(self.config, "output_hidden_states", False)):
+            yield "output_hidden_states was asked for"
         if patch_attention_mask is not None and is_capturing(patch_attention_mask):
             yield "a mask cannot be read inside a CUDA graph"
         elif patch_attention_mask is not None and not patch_attention_mask.all():
             yield "the images are padded (patch_attention_mask is not all true)"
-        yield from attention_reasons(self.encoder.layers)
-
-    def _route(self, pixel_values: Tensor, patch_attention_mask: Tensor | None = None, **kwargs):
-        # What is wrong with the shapes stock's code is to say.
-        weight = self._patch_weight()
-        p = self.patch_size
-        if isinstance(pixel_values, Tensor) and weight is not None:
-            if pixel_values.ndim != 4 or pixel_values.shape[1] != weight.shape[1]:
-                return None, f"pixel_values have the shape {list(pixel_values.shape)}"
-            B, _, height, width = pixel_values.shape
-            grid = (B, height // p, width // p)
-            if patch_attention_mask is not None and tuple(patch_attention_mask.shape) != grid:
-                return None, f"patch_attention_mask has the shape {list(patch_attention_mask.shape)}"
-        return super()._route(pixel_values, patch_attention_mask, **kwargs)
+        yield from attention_reasons(self)
 
     def _position(self, pixel_values: Tensor) -> Tensor:
         """The position embedding `[N, D]` that stock's embeddings add to the patches of such images."""
@@ -91,9 +99,6 @@ class IdeficsTower(Fused):
         )
         mask = torch.ones(1, height, width, dtype=torch.bool, device=pixel_values.device)
         return type(embeddings).forward(stand_in, pixel_values[:1], mask)[0]
-
-
-_OWN_KWARGS = ("return_dict", "output_attentions", "output_hidden_states")
 
 
 def _fast(home: types.ModuleType, prefix: str) -> type[nn.Module]:

@@ -19,7 +19,7 @@ from . import selection, traced
 from .anatomy import of_transformers
 from .backends.select import is_capturing
 from .forward import forward
-from .fused import Fused, attention_reasons
+from .fused import Fused, attention_reasons, in_asked_form, keyword_reasons
 from .graphs import RECORDING, Graphs
 from .ops import DTYPES
 from .uint8 import Normalization, check_images, normalization
@@ -71,7 +71,7 @@ class SiglipTower(Fused):
         compiling = torch.compiler.is_compiling()
         if compiling and torch.compiler.is_exporting():  # an exported program should not need this package
             return super().forward(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs)
-        derived, reason = self._route(pixel_values, **kwargs)
+        derived, reason = self._route(pixel_values, interpolate_pos_encoding, **kwargs)
         if reason is not None:
             self._delegate(reason)
             return super().forward(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs)
@@ -108,7 +108,7 @@ class SiglipTower(Fused):
         hooked = hooked or type(self).forward is not SiglipTower.forward
         if torch.compiler.is_compiling() or hooked:
             return self(normalize(images), interpolate_pos_encoding, **kwargs)
-        derived, reason = self._route(images, **kwargs)
+        derived, reason = self._route(images, interpolate_pos_encoding, **kwargs)
         if reason is not None or not self._folds(derived, normalize):
             return self(normalize(images), interpolate_pos_encoding, **kwargs)
         return self._fused(derived, images, interpolate_pos_encoding, kwargs, normalize)
@@ -128,8 +128,7 @@ class SiglipTower(Fused):
         kwargs: dict[str, Any],
     ) -> BaseModelOutputWithPooling | tuple[Tensor, ...]:
         output = BaseModelOutputWithPooling(last_hidden_state, pooler_output, hidden_states)
-        return_dict = kwargs.get("return_dict", getattr(self.config, "return_dict", True))
-        return output.to_tuple() if return_dict is False else output
+        return in_asked_form(output, self.config, kwargs)
 
     def capture(self, batch_sizes: Sequence[int], image_size: int | None = None) -> None:
         """Record CUDA graphs of the fused forward, which later calls replay: no launch costs, the same results.
@@ -187,7 +186,7 @@ class SiglipTower(Fused):
         try:
             return tune(self.config, weight.dtype, batch_sizes, weight.device, budget=budget, force=force)
         finally:
-            self._drop()  # the next forward reads the cache
+            self.forget_derived()  # the next forward reads the cache
 
     @property
     def _tower(self) -> nn.Module:
@@ -203,8 +202,8 @@ class SiglipTower(Fused):
     ) -> BaseModelOutputWithPooling | tuple[Tensor, ...]:
         """The output, on the operations; pixel_values are uint8 where they have yet to be normalised."""
         hidden_states = None
-        if asked := kwargs.get("output_hidden_states", getattr(self.config, "output_hidden_states", False)):
-            hidden_states = HiddenStates(asked, len(self._tower.encoder.layers) + 1)
+        if asked := self._asked_for_hidden_states(kwargs):
+            hidden_states = HiddenStates(asked, self.config.num_hidden_layers + 1)
         with torch.no_grad():
             outputs = self._run(derived, pixel_values, interpolate, hidden_states, normalize)
         return self._output(*outputs, hidden_states and tuple(hidden_states.kept), kwargs)
@@ -286,20 +285,18 @@ class SiglipTower(Fused):
         p = embeddings.patch_embedding.weight.shape[-1]
         return (height // p) * (width // p) != len(embeddings.position_embedding.weight)
 
-    def _request_reasons(self, **kwargs) -> Iterator[str]:
-        asked = {name: kwargs.get(name, getattr(self.config, name, False)) for name in _RECORDED}
-        if asked["output_attentions"]:
-            yield "output_attentions was asked for"
-        if asked["output_hidden_states"] and (
-            not self.returns_hidden_states or torch.compiler.is_compiling()
-        ):
-            yield "output_hidden_states was asked for"
-        extra = [name for name, value in kwargs.items() if name not in _OWN_KWARGS and value is not None]
-        if extra:
-            yield f"the stock attention takes the keyword arguments {', '.join(extra)}"
-        if kwargs.get("return_dict", True) is None and self.config.return_dict is False:
-            yield "return_dict is None, which means different things to different versions of transformers"
-        yield from attention_reasons(self._tower.encoder.layers)
+    def _request_reasons(self, interpolate_pos_encoding: bool = False, **kwargs) -> Iterator[str]:
+        # ModernVBERT passes a patch_attention_mask, which no attention of transformers reads
+        yield from keyword_reasons(self.config, kwargs, ignored=("patch_attention_mask",))
+        if self._asked_for_hidden_states(kwargs):
+            if not self.returns_hidden_states or torch.compiler.is_compiling():
+                yield "output_hidden_states was asked for"
+            elif getattr(self.config, "tie_last_hidden_states", None):
+                yield "the config ties the last of the hidden states to last_hidden_state"
+        yield from attention_reasons(self._tower)
+
+    def _asked_for_hidden_states(self, kwargs: dict[str, Any]) -> bool | int | Sequence[int] | None:
+        return kwargs.get("output_hidden_states", getattr(self.config, "output_hidden_states", False))
 
     def _position(self, pixel_values: Tensor, interpolate: bool) -> Tensor:
         """The position embedding `[N, D]` for these images, whose shape it checks."""
@@ -332,8 +329,8 @@ class SiglipTower(Fused):
         self._to_capture = None
         return super()._apply(fn, *args, **kwargs)
 
-    def _drop(self) -> None:
-        super()._drop()
+    def forget_derived(self) -> None:
+        super().forget_derived()
         self._graphs = None
         self._handle.forget()
 
@@ -371,12 +368,6 @@ class SiglipVisionModel(SiglipTower, transformers.SiglipVisionModel):
         super().__init__(config)
         self.become_fast(backend, strict)
 
-    @classmethod
-    def is_custom_code(cls) -> bool:
-        # transformers 5 renames the keys of older checkpoints only for classes that it takes for its own; without
-        # that, a composite model around this tower loads them as random weights.
-        return cls is not SiglipVisionModel and super().is_custom_code()
-
 
 if hasattr(modeling_siglip, "SiglipVisionTransformer"):
 
@@ -391,7 +382,7 @@ class HiddenStates:
     """The residual stream as a forward hands it out: `kept` has L + 1 entries, None where it was not asked for."""
 
     def __init__(self, asked: bool | int | Sequence[int], count: int):
-        """`asked` as output_hidden_states, of the `count` that there will be."""
+        """`asked` as output_hidden_states; from `count` negative indices are counted."""
         self.kept: list[Tensor | None] = []
         self._indices: set[int] | None = None  # all
         if _SELECTS_HIDDEN_STATES and not isinstance(asked, bool):
@@ -401,8 +392,3 @@ class HiddenStates:
     def collect(self, hidden_states: Tensor) -> None:
         is_kept = self._indices is None or len(self.kept) in self._indices
         self.kept.append(hidden_states if is_kept else None)
-
-
-_RECORDED = ("output_attentions", "output_hidden_states")
-# ModernVBERT passes a patch_attention_mask, which no attention of transformers reads
-_OWN_KWARGS = ("return_dict", "patch_attention_mask", *_RECORDED)

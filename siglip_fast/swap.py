@@ -7,6 +7,8 @@ holds it (a parent, an optimizer, accelerate) need not be told.
 import contextlib
 import importlib
 import logging
+import sys
+import threading
 import types
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -14,7 +16,7 @@ from typing import NamedTuple
 from torch import nn
 from transformers import AutoModel, SiglipVisionConfig
 
-from .fused import Fused, checked_backend
+from .fused import Fused, checked_backend, stock_class
 
 logger = logging.getLogger("siglip_fast")
 
@@ -73,7 +75,7 @@ def apply_to(model: nn.Module, *, backend: str | None = None, strict: bool = Fal
             f"model: expected a SigLIP vision tower in it, found none in this {type(model).__name__}"
         )
     for tower in found:
-        if tower.reason:
+        if tower.reason and not tower.fast:
             name = (
                 f"{tower.name} ({type(tower.module).__name__})" if tower.name else type(tower.module).__name__
             )
@@ -93,7 +95,7 @@ def restore(model: nn.Module) -> nn.Module:
     for tower in towers(_checked(model)):
         if tower.fast and not tower.reason:
             tower.module.forget_fast()
-            _set_class(tower.module, _stock_class(type(tower.module)))
+            _set_class(tower.module, stock_class(type(tower.module)))
     return model
 
 
@@ -103,29 +105,56 @@ def register() -> None:
     That is `AutoModel.from_config` with a SiglipVisionConfig, by which PaliGemma, Gemma 3, the LLaVAs and others build
     theirs; and, by its own patch mapping (transformers ≥ 5.3), `from_pretrained` and `from_config` of models that
     name the class, such as SiglipModel (≥ 5.6). Models built before, or by calling a class, stay as they are.
+
+    The patch mapping knows names only: remote code's own class called SiglipVisionModel is replaced, too. And it puts
+    classes into transformers' modules while a model is built, so models should be built one after the other.
     """
     from .model import SiglipVisionModel
 
-    unregister()
-    by_config = AutoModel._model_mapping._extra_content
-    before = by_config.get(SiglipVisionConfig)
-    AutoModel.register(SiglipVisionConfig, SiglipVisionModel, exist_ok=True)
-    if before is None:
-        _undo.callback(by_config.pop, SiglipVisionConfig, None)
-    else:
-        _undo.callback(by_config.update, {SiglipVisionConfig: before})
-    if patching := _monkey_patching():
-        patches = _patches()
-        patching.register_patch_mapping(patches, overwrite=True)
-        _undo.callback(patching.unregister_patch_mapping, [*patches])
+    with _lock:
+        unregister()
+        patches, patching = _patches(), _monkey_patching()
+        by_config = AutoModel._model_mapping._extra_content
+        before = by_config.get(SiglipVisionConfig)
+        AutoModel.register(SiglipVisionConfig, SiglipVisionModel, exist_ok=True)
+        _undo.callback(_unmap, by_config, SiglipVisionModel, before)
+        if patching:
+            earlier = patching.get_patch_mapping()
+            patching.register_patch_mapping(patches, overwrite=True)
+            _undo.callback(_unpatch, patching, patches, earlier)
 
 
 def unregister() -> None:
-    """Undoes `register`; without one before, does nothing."""
-    _undo.close()
+    """Undoes `register`, but for what somebody else registered since; without a `register` before, does nothing."""
+    with _lock:
+        _undo.close()
 
 
 _undo = contextlib.ExitStack()
+_lock = threading.RLock()
+
+
+def _unmap(by_config: dict[type, type], ours: type, before: type | None) -> None:
+    if by_config.get(SiglipVisionConfig) is not ours:
+        return
+    if before is None:
+        del by_config[SiglipVisionConfig]
+    else:
+        by_config[SiglipVisionConfig] = before
+
+
+def _unpatch(patching: types.ModuleType, patches: dict[str, type], earlier: dict[str, type]) -> None:
+    now = patching.get_patch_mapping()
+    for name in [name for name, fast in patches.items() if now.get(name) is fast]:
+        patching.unregister_patch_mapping([name])
+        if name in earlier:
+            patching.register_patch_mapping({name: earlier[name]})
+    # What transformers' patching leaves behind where building a model failed
+    stock = {fast: stock_class(fast) for fast in patches.values()}
+    for module in [m for name, m in sys.modules.items() if name.split(".")[0] == "transformers"]:
+        for name, value in [*vars(module).items()]:
+            if isinstance(value, type) and value in stock:
+                setattr(module, name, stock[value])
 
 
 def _monkey_patching() -> types.ModuleType | None:
@@ -135,7 +164,7 @@ def _monkey_patching() -> types.ModuleType | None:
     except ImportError:  # transformers before 5.3
         return None
     try:
-        patching.register_patch_mapping({"^$": nn.Module})  # a pattern without matches
+        patching.register_patch_mapping({"^$": nn.Module}, overwrite=True)  # a pattern without matches
         with patching.apply_patches():
             return patching
     except ImportError as error:  # 5.5 imports torchvision there: each from_pretrained would fail
@@ -196,10 +225,6 @@ def _fast_class(stock: type) -> type[Fused] | None:
     return home and getattr(importlib.import_module(f".{home}", __package__), stock.__name__)
 
 
-def _stock_class(fast: type[Fused]) -> type:
-    return next(base for base in fast.__mro__ if not issubclass(base, Fused))
-
-
 def _path(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
@@ -208,6 +233,7 @@ def _set_class(tower: nn.Module, new: type) -> None:
     old = type(tower)
     tower.__class__ = new
     for name, value in [*vars(tower).items()]:
-        # what accelerate's hooks call, or transformers 4.57 left behind: the method of the class that it was
+        # what accelerate's hooks call, or transformers 4.57 left behind: the method of the class that it was; not
+        # what somebody wrapped around it
         if isinstance(value, types.MethodType) and value.__self__ is tower and value.__func__ is old.forward:
             setattr(tower, name, types.MethodType(new.forward, tower))

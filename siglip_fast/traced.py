@@ -20,9 +20,9 @@ from .ops import check_shape
 from .source import Source
 
 if TYPE_CHECKING:
-    from .model import SiglipVisionModel
+    from .model import SiglipTower
 
-_models: "weakref.WeakValueDictionary[int, SiglipVisionModel]" = weakref.WeakValueDictionary()
+_models: "weakref.WeakValueDictionary[int, SiglipTower]" = weakref.WeakValueDictionary()
 _numbers = itertools.count()
 
 
@@ -33,7 +33,7 @@ class Handle:
     takes equal sizes for the same, be it the batch's.
     """
 
-    def __init__(self, model: "SiglipVisionModel", forward: Callable):
+    def __init__(self, model: "SiglipTower", forward: Callable):
         # The one that is traced. A subclass's, or hooks around it, are in the graph already, and not run again.
         self.forward = forward
         self._number, self._renewed = next(_numbers), 0
@@ -60,7 +60,7 @@ class Handle:
 
 
 def forward(
-    model: "SiglipVisionModel", pixel_values: Tensor, interpolate_pos_encoding: bool
+    model: "SiglipTower", pixel_values: Tensor, interpolate_pos_encoding: bool
 ) -> tuple[Tensor, Tensor | None]:
     """The model's forward as torch.compile is to trace it."""
     tensors = [model._patch_weight(), *model.parameters(), *model.buffers()]

@@ -58,3 +58,22 @@ def test_what_was_handed_out_stays_as_it_was(stock, pixels, backend):
     before = [state.clone() for state in handed_out]
     ours(pixels + 1, output_hidden_states=True)
     assert all(map(torch.equal, handed_out, before))
+
+
+@torch.no_grad()
+def test_tied_to_last_hidden_state_by_the_config(stock, pixels, backend):
+    ours = drop_in(stock, backend=backend)
+    for model in (stock, ours):
+        model.config.tie_last_hidden_states = True
+    assert "ties" in ours.why_not(pixels, output_hidden_states=True)
+    assert_equal(ours(pixels, output_hidden_states=True), stock(pixels, output_hidden_states=True))
+
+
+@pytest.mark.parametrize("asked", [True, -2, -1, 1], ids=str)
+@torch.no_grad()
+def test_of_fewer_layers_than_the_config_says(asked, stock, pixels):
+    ours = drop_in(stock, strict=True)
+    for model in (stock, ours):
+        tower = getattr(model, "vision_model", model)
+        tower.encoder.layers = tower.encoder.layers[:1]
+    assert_equal(ours(pixels, output_hidden_states=asked), stock(pixels, output_hidden_states=asked))

@@ -91,14 +91,23 @@ def test_what_is_asked_for_more_delegates(stock, ours):
     assert_equal(torch.compile(ours, backend="eager")(pixels()), stock(pixels()))
 
 
-@pytest.mark.parametrize(
-    "images, mask", [(pixels()[0], None), (pixels()[:, :2], None), (pixels(), full_mask(2, 3))]
-)
+WRONG = [
+    (pixels()[0], None),
+    (pixels()[:, :2], None),
+    (pixels(4, 4), None),
+    (pixels(dtype=torch.bfloat16), None),
+    (pixels(), full_mask(2, 3)),
+    (pixels(), full_mask().long()),
+]
+
+
+@pytest.mark.parametrize("images, mask", WRONG)
 @torch.no_grad()
 def test_wrong_shapes_raise_as_stock(images, mask, stock, ours):
     ours.strict = False
     with pytest.raises(Exception) as expected:  # noqa: B017
         stock(images, mask)
+    assert ours.why_not(images, mask)
     with pytest.raises(expected.type):
         ours(images, mask)
 
@@ -127,3 +136,17 @@ def test_restore(stock, ours):
     assert type(restore(ours)) is type(stock)
     assert vars(ours).keys() == vars(stock).keys()
     assert torch.equal(ours(pixels()).last_hidden_state, stock(pixels()).last_hidden_state)
+
+
+@torch.no_grad()
+def test_exported(stock, ours):
+    exported = torch.export.export(ours, (pixels(),)).module()
+    torch.testing.assert_close(exported(pixels())[0], stock(pixels())[0], atol=1e-4, rtol=0)
+
+
+def test_built_by_its_class(stock, monkeypatch):
+    """As transformers does after `register`."""
+    monkeypatch.setenv("SIGLIP_FAST_BACKEND", "torch")
+    fast = type(apply_to(copy.deepcopy(stock)))
+    assert fast(stock.config).backend == "torch"
+    assert fast.is_custom_code() is False

@@ -6,6 +6,7 @@ import os
 import pickle
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -373,6 +374,43 @@ class TestRegister:
             assert home.SiglipVisionModel is siglip_fast.SiglipVisionModel
             assert home.SiglipVisionModelOutput is output
         assert home.SiglipVisionModel is stock
+
+    @pytest.mark.skipif(not PATCHES, reason="this transformers has no patch mapping")
+    def test_unregister_mends_what_a_failed_build_left(self):
+        config, home = zoo.build("siglip")[0].config, transformers.models.siglip.modeling_siglip
+        stock = home.SiglipVisionModel
+
+        class Failing(transformers.SiglipModel):
+            def __init__(self, config):
+                raise RuntimeError("no")
+
+        siglip_fast.register()
+        with pytest.raises(RuntimeError):
+            Failing._from_config(config)
+        siglip_fast.unregister()
+        assert home.SiglipVisionModel is stock
+        assert not fast_towers(transformers.SiglipModel._from_config(config))
+
+    @pytest.mark.skipif(not PATCHES, reason="this transformers has no patch mapping")
+    def test_a_mapping_that_somebody_cleared(self):
+        siglip_fast.register()
+        transformers.monkey_patching.clear_patch_mapping()
+        siglip_fast.unregister()
+        siglip_fast.register()
+        siglip_fast.unregister()
+        assert transformers.monkey_patching.get_patch_mapping() == {}
+
+    def test_from_many_threads(self):
+        def often():
+            for _ in range(5):
+                siglip_fast.register()
+                siglip_fast.unregister()
+
+        before = everything_global()
+        with ThreadPoolExecutor(4) as pool:
+            for future in [pool.submit(often) for _ in range(4)]:
+                future.result()
+        assert everything_global() == before
 
     def test_somebody_elses_registration_stays(self):
         class Theirs(transformers.SiglipVisionModel):

@@ -345,7 +345,7 @@ def test_lora(stock, pixels):
     peft = pytest.importorskip("peft", reason="peft is not installed")
     ours = peft.get_peft_model(drop_in(stock), peft.LoraConfig(target_modules=["q_proj", "fc1"]))
     nn.init.normal_(next(p for n, p in ours.named_parameters() if "lora_B" in n))
-    assert "not a Linear" in ours.base_model.model.why_not(pixels)
+    assert "peft.tuners.lora.layer.Linear, not a torch" in ours.base_model.model.why_not(pixels)
     adapted = ours(pixels).pooler_output
     merged = ours.merge_and_unload()
     assert merged.why_not(pixels) is None
@@ -394,3 +394,60 @@ def test_meta_device_delegates(stock, pixels):
     ours = copy.deepcopy(drop_in(stock)).to("meta")
     assert ours.why_not(pixels.to("meta"))
     assert ours(pixels.to("meta")).last_hidden_state.shape == (2, 9, 64)
+
+
+@torch.no_grad()
+def test_a_patched_stock_forward_delegates(stock, pixels, monkeypatch):
+    ours, forward = drop_in(stock), transformers.SiglipVisionModel.forward
+
+    def doubled(self, *args, **kwargs):
+        output = forward(self, *args, **kwargs)
+        output.pooler_output = 2 * output.pooler_output
+        return output
+
+    expected = 2 * stock(pixels).pooler_output
+    monkeypatch.setattr(transformers.SiglipVisionModel, "forward", doubled)
+    assert "patched" in ours.why_not(pixels)
+    assert torch.equal(ours(pixels).pooler_output, expected)
+
+
+class Wrapped(nn.Module):
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args, **kwargs):
+        return self.module(*args, **kwargs)
+
+
+@pytest.mark.parametrize("part", ["embeddings", "encoder", "head", "post_layernorm"])
+@torch.no_grad()
+def test_wrapped_parts_delegate(part, stock, pixels):
+    ours = drop_in(stock)
+    ours(pixels)
+    setattr(tower(ours), part, Wrapped(getattr(tower(ours), part)))
+    assert "Wrapped" in ours.why_not(pixels)
+    assert torch.equal(ours(pixels).pooler_output, stock(pixels).pooler_output)
+
+
+@torch.no_grad()
+def test_no_layers_delegate(pixels):
+    stock = stock_model(SiglipVisionConfig(**TINY | {"num_hidden_layers": 0}), "sdpa")
+    ours = drop_in(stock)
+    assert "no layers" in ours.why_not(pixels)
+    assert torch.equal(ours(pixels).pooler_output, stock(pixels).pooler_output)
+
+
+@torch.no_grad()
+def test_interpolation_is_no_reason(stock, pixels):
+    ours = drop_in(stock, strict=True)
+    assert ours.why_not(pixels, True) is None
+    assert ours.why_not(pixels, interpolate_pos_encoding=True) is None
+
+
+@torch.no_grad()
+def test_fused_again_after_gradient_checkpointing(stock, pixels):
+    ours = drop_in(stock)
+    ours.gradient_checkpointing_enable()
+    ours.gradient_checkpointing_disable()
+    assert ours.why_not(pixels) is None

@@ -13,26 +13,24 @@ logger = logging.getLogger("siglip_fast")
 def plugin(server: str) -> Callable[[Callable[[], str]], Callable[[], None]]:
     """Makes an entry point of a function that changes `server` and says what it changed.
 
-    The entry point does nothing unless SIGLIP_FAST_PLUGIN is "1", works once a process, and never raises: what the
+    The entry point does nothing unless SIGLIP_FAST_PLUGIN is "1", does it once a process, and never raises: what the
     function raises is logged with the remark that the server is as it was, which the function has to see to.
     """
 
     def decorate(change: Callable[[], str]) -> Callable[[], None]:
-        change_once = functools.cache(change)
+        done = False
 
         @functools.wraps(change)
         def entry_point() -> None:
-            if os.environ.get(SWITCH) != "1":
+            nonlocal done
+            if done or os.environ.get(SWITCH) != "1":
                 return
-            calls = change_once.cache_info().misses
             try:
-                done = change_once()
+                # not at level info: vLLM shows no other logger's
+                logger.warning("%s: %s", server, change())
+                done = True
             except Exception as error:  # of another version's of the server, whatever it is
                 logger.warning("%s is left as it was: %s: %s", server, type(error).__name__, error)
-            else:
-                if change_once.cache_info().misses != calls:
-                    # no info: vLLM shows no other logger's
-                    logger.warning("%s: %s", server, done)
 
         return entry_point
 

@@ -72,4 +72,4 @@ def _forget(model: Any) -> None:
 
     for tower in siglip_fast.towers(model):
         if tower.fast:
-            tower.module.train().eval()
+            tower.module.forget_derived()

@@ -13,7 +13,7 @@ from timm.layers.activations import GELU, GELUTanh
 from timm.models import vision_transformer as stock
 from torch import Tensor, nn
 
-from ..anatomy import MAX_HEAD_DIM, Anatomy, Unsupported, check_tensors, compare, compare_class
+from ..anatomy import MAX_HEAD_DIM, Anatomy, Unsupported, check_tensors, compare, compare_class, descendant
 from ..forward import forward
 from ..fused import Fused
 
@@ -43,6 +43,8 @@ def check(tower: stock.VisionTransformer) -> None:
 def _check_blocks(tower: stock.VisionTransformer, D: int) -> None:
     compare_class("norm", tower.norm, LayerNorm if isinstance(tower.norm, LayerNorm) else nn.LayerNorm)
     compare_class("blocks", tower.blocks, nn.Sequential)
+    if not len(tower.blocks):
+        raise Unsupported("there are no blocks")
     kinds = {"": stock.Block, ".attn": stock.Attention, ".mlp": stock.Mlp, ".mlp.fc1": nn.Linear}
     for name, kind in kinds.items():
         compare_class(f"blocks.0{name}", tower.get_submodule(f"blocks.0{name}"), kind)
@@ -98,11 +100,14 @@ def _head(pool: nn.Module) -> SimpleNamespace:
 class VisionTransformer(Fused, stock.VisionTransformer):
     """timm's VisionTransformer whose `forward` and `forward_features` run fused, or as timm's where that cannot be.
 
-    All else, such as masks and `forward_intermediates`, is timm's. Under torch.compile timm's code is traced. RuntimeError
+    All else, such as masks and `forward_intermediates`, is timm's. Under torch.compile timm's code is traced; for
+    torch.jit.script call `siglip_fast.restore` first. RuntimeError
     is raised where `strict` is set and the fused path does not apply, or the backend asked for cannot run.
     """
 
-    anatomy = Anatomy(check, view, patch_embedding=lambda tower: tower.patch_embed.proj, watched=())
+    anatomy = Anatomy(
+        check, view, patch_embedding=lambda tower: descendant(tower, "patch_embed", "proj"), watched=()
+    )
 
     @classmethod
     def declines(cls, tower: stock.VisionTransformer) -> str | None:
@@ -138,7 +143,7 @@ class VisionTransformer(Fused, stock.VisionTransformer):
 
     def _call_reasons(self, pixel_values: Tensor, *args, **kwargs) -> Iterator[str]:
         yield from super()._call_reasons(pixel_values, *args, **kwargs)
-        weight, size = self._patch_weight(), self.patch_embed.img_size
+        weight, size = self._patch_weight(), getattr(self.patch_embed, "img_size", None)
         if weight is None or size is None:
             return  # the tower has a reason
         own = (*pixel_values.shape[1:], pixel_values.dtype)

@@ -96,7 +96,7 @@ class FastSiglipVisionTransformer(Fused, siglip.SiglipVisionTransformer):
         return siglip.resolve_visual_encoder_outputs(states, None, **kwargs)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        self._drop()  # vLLM's loaders write through `.data`, which torch does not count as an edit
+        self.forget_derived()  # vLLM's loaders write through `.data`, which torch does not count as an edit
         return super().load_weights(weights)
 
     def _encode(self, pixel_values: Tensor, interpolate: bool, every: bool) -> Tensor | list[Tensor] | None:
@@ -115,7 +115,7 @@ class FastSiglipVisionTransformer(Fused, siglip.SiglipVisionTransformer):
         except Exception as error:  # a server has to come up, whatever happens on a GPU that nobody has tried
             if self._derived is not None and not self._derived.is_new:
                 raise
-            self._drop()
+            self.forget_derived()
             reason = self._failure = f"the first fused forward failed: {type(error).__name__}: {error}"
         return self._delegate(reason)
 
@@ -123,7 +123,9 @@ class FastSiglipVisionTransformer(Fused, siglip.SiglipVisionTransformer):
         yield from super()._call_reasons(pixel_values, *args, **kwargs)
         size, C = self.embeddings.image_size, self.config.num_channels
         if not pixel_values.is_floating_point() or tuple(pixel_values.shape[1:]) != (C, size, size):
-            own = f"{pixel_values.dtype} and have shape {list(pixel_values.shape)}"
+            own = (
+                f"{pixel_values.dtype} and have shape [batch, {', '.join(map(str, pixel_values.shape[1:]))}]"
+            )
             yield f"pixel_values are {own}, not [batch, {C}, {size}, {size}] of a floating dtype"
 
     def _request_reasons(self, interpolate_pos_encoding: bool = False) -> Iterator[str]:
