@@ -298,7 +298,7 @@ delegates(model, "layers.0.layer_norm1 is a LayerNorm")
 with torch.inference_mode():
     hidden = build()
 delegates(hidden, "made under torch.inference_mode")
-delegates(build(), "have shape [2, 3, 64, 48]", torch.randn(2, 3, 64, 48), same=False)
+delegates(build(), "have shape [batch, 3, 64, 48]", torch.randn(2, 3, 64, 48), same=False)
 delegates(build(), "interpolate_pos_encoding", same=False, interpolate_pos_encoding=True)
 with torch.autocast("cpu", torch.bfloat16):
     delegates(build(), "autocast is active", same=False)

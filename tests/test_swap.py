@@ -1,6 +1,7 @@
 """`apply_to`, `restore` and `register` on the models that hold a SigLIP vision tower: fused, and with stock's results."""
 
 import copy
+import importlib
 import importlib.util
 import os
 import pickle
@@ -29,7 +30,7 @@ BY_AUTOMODEL += ["aya_vision", "cohere2_vision", "deepseek_vl"]
 VERSION = Version(transformers.__version__)
 PATCHES = importlib.util.find_spec("transformers.monkey_patching") is not None  # transformers 5.3 or newer
 if PATCHES:
-    import transformers.monkey_patching
+    patching = importlib.import_module("transformers.monkey_patching")
 
 
 @pytest.fixture
@@ -297,7 +298,7 @@ def everything_global():
     mapping = AutoModel._model_mapping
     mappings = [dict(mapping._extra_content), mapping[transformers.SiglipVisionConfig]]
     if PATCHES:
-        mappings.append(transformers.monkey_patching.get_patch_mapping())
+        mappings.append(patching.get_patch_mapping())
     modules = [(name, vars(m)) for name, m in sys.modules.items() if name.startswith("transformers")]
     names = {
         (module, name): value
@@ -366,11 +367,11 @@ class TestRegister:
     @pytest.mark.skipif(not PATCHES, reason="this transformers has no patch mapping")
     def test_names_that_begin_alike_are_left_alone(self, registered):
         """The mapping's keys are patterns to transformers."""
-        if not transformers.monkey_patching.get_patch_mapping():
+        if not patching.get_patch_mapping():
             pytest.skip("this transformers' patching fails without torchvision")
         home = transformers.models.siglip.modeling_siglip
         stock, output = home.SiglipVisionModel, home.SiglipVisionModelOutput
-        with transformers.monkey_patching.apply_patches():
+        with patching.apply_patches():
             assert home.SiglipVisionModel is siglip_fast.SiglipVisionModel
             assert home.SiglipVisionModelOutput is output
         assert home.SiglipVisionModel is stock
@@ -394,11 +395,11 @@ class TestRegister:
     @pytest.mark.skipif(not PATCHES, reason="this transformers has no patch mapping")
     def test_a_mapping_that_somebody_cleared(self):
         siglip_fast.register()
-        transformers.monkey_patching.clear_patch_mapping()
+        patching.clear_patch_mapping()
         siglip_fast.unregister()
         siglip_fast.register()
         siglip_fast.unregister()
-        assert transformers.monkey_patching.get_patch_mapping() == {}
+        assert patching.get_patch_mapping() == {}
 
     def test_from_many_threads(self):
         def often():

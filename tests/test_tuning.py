@@ -45,7 +45,7 @@ FAKE = textwrap.dedent("""
     open(log, "a").write(json.dumps(request) + "\\n")
     events = os.fdopen(int(fd), "w")
     def emit(**event): print(json.dumps(event), file=events, flush=True)
-    print("what a library prints"); os.system("echo and a program")
+    print("what a library prints", flush=True); os.system("echo and a program")
     names = NAMES
     if trouble == "at start": sys.exit("no such device")
     for item, skipped in request["cases"]:

@@ -209,7 +209,8 @@ def _process(ray: Any, args: Namespace, todo: list[dict], folder: Folder, resour
     if not todo:
         return set()
     for handler in logging.getLogger("ray.data").handlers:
-        if isinstance(handler, logging.StreamHandler):  # its log file keeps everything
+        # what prints, and is Ray's own; its log file keeps everything
+        if isinstance(handler, logging.StreamHandler) and type(handler).__module__.startswith("ray."):
             handler.setLevel(logging.ERROR)
     context = DataContext.get_current().copy()
     context.enable_progress_bars = context.print_on_execution_start = False
