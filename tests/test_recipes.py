@@ -1,4 +1,4 @@
-"""README.md's Python is run as it stands there, each section in a process of its own.
+"""README.md's Python is run as it stands there, each section in a process of its own, and so are its embed commands.
 
 The blocks of a section are one program. What they take for granted (inputs, a model from further up) is in RECIPES; a
 section that is missing there fails. Checkpoints of the Hub are replaced by a tiny one; others cannot be found, offline.
@@ -7,14 +7,18 @@ section that is missing there fails. Checkpoints of the Hub are replaced by a ti
 import importlib.util
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 from typing import NamedTuple
 
+import pyarrow as pa
 import pytest
 import torch
 from checkpoints import save_tiny_paligemma, save_tiny_siglip
+from PIL import Image
+from pyarrow import parquet
 
 TESTS = str(Path(__file__).parent)
 README = Path(__file__).parents[1] / "README.md"
@@ -159,3 +163,29 @@ def test_runs(heading, checkpoints, tmp_path):
 def test_sections_are_told_apart():
     markdown = "# A\n```python\na\n# no heading\n```\n## B\n```bash\n# b\n```\n### C\n```py\nc\n```\n```python\nd\n```\n"
     assert sections(markdown) == {"A": ["a\n# no heading\n"], "C": ["c\n", "d\n"]}
+
+
+@pytest.mark.parametrize(
+    "line", re.findall(r"^siglip-fast embed .*$", README.read_text("utf-8"), re.MULTILINE)
+)
+def test_embed_lines(line, checkpoints, tmp_path):
+    """Run as they stand there, with a tiny checkpoint and a few images."""
+    if "--ray" in line:
+        pytest.importorskip("ray")
+    for name, folder in checkpoints.items():
+        line = line.replace(name, str(folder))
+    encoded = []
+    for folder in ("photos", "more/below", "data"):
+        (tmp_path / folder).mkdir(parents=True)
+        Image.new("RGB", (40, 30), "red").save(tmp_path / folder / "image.jpg")
+        encoded.append((tmp_path / folder / "image.jpg").read_bytes())
+    parquet.write_table(
+        pa.table({"path": ["a", "b", "c"], "image": encoded}), tmp_path / "data" / "x.parquet"
+    )
+    script = "import sys; from siglip_fast.cli import main; sys.exit(main(sys.argv[1:]))"
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"HF_HUB_OFFLINE": "1"}
+    subprocess.run(
+        [sys.executable, "-c", script, *shlex.split(line)[1:]], cwd=tmp_path, env=environment, check=True
+    )
+    (out,) = tmp_path.glob("embeddings*")
+    assert parquet.read_table(out).num_rows == (3 if "--ray" in line else 2)
