@@ -49,7 +49,6 @@ assert output.pooler_output.shape == (2, 64)
 """,
     ),
     "In models that hold a SigLIP tower": Recipe(
-        before="from transformers import AutoModelForImageTextToText",
         after="""
 assert [tower.fast for tower in siglip_fast.towers(model)] == [False]
 siglip_fast.apply_to(model)
@@ -57,7 +56,6 @@ assert [tower.fast for tower in siglip_fast.towers(model)] == [True]
 """,
     ),
     "Before models are built": Recipe(
-        before="from transformers import AutoModelForImageTextToText",
         after="assert [tower.fast for tower in siglip_fast.towers(model)] == [True]",
     ),
     "timm and open_clip": Recipe(
@@ -80,7 +78,6 @@ assert features.shape == (2, 768)
     "sentence-transformers": Recipe(
         before="""
 from PIL import Image
-from sentence_transformers import SentenceTransformer
 images = [Image.new("RGB", (40, 30), color) for color in ("red", "blue")]
 """,
         after="""
