@@ -140,7 +140,7 @@ class Fused(nn.Module):
             pixel_values.requires_grad or any(p.requires_grad for p in self.parameters())
         ):
             yield _GRADIENTS
-        if reason := _patched_reason(stock_class(type(self))):
+        if reason := _patched_reason(type(self)):
             yield reason
         if getattr(self, "_is_replica", False):
             yield "this is a replica of torch.nn.DataParallel"
@@ -186,7 +186,7 @@ def checked_backend(backend: str | None) -> str:
 
 def stock_class(fast: type[Fused]) -> type[nn.Module]:
     """The class whose instances become those of `fast`."""
-    return next(base for base in fast.__mro__ if not issubclass(base, Fused))
+    return fast.__mro__[fast.__mro__.index(Fused) + 1]  # FSDP puts a class of its own before ours
 
 
 def keyword_reasons(config: Any, kwargs: dict[str, Any], ignored: tuple[str, ...] = ()) -> Iterator[str]:
@@ -241,7 +241,8 @@ def _mode_reason(device: torch.device) -> str | None:
 
 
 @torch.compiler.assume_constant_result
-def _patched_reason(stock: type[nn.Module]) -> str | None:
+def _patched_reason(fast: type[Fused]) -> str | None:
+    stock = stock_class(fast)
     if stock.forward.__module__ != stock.__module__:
         return f"the forward of {stock.__name__} is patched"
     return None

@@ -1,6 +1,7 @@
 """Where Triton runs in this session, and what every test gets: NaN in memory that nobody wrote."""
 
 import os
+import sys
 
 import pytest
 import torch
@@ -41,6 +42,13 @@ def interpreter_has_no_bf16(request):
     values = request.node.callspec.params if hasattr(request.node, "callspec") else {}
     if not ON_GPU and values.get("backend") == "triton" and values.get("dtype") == torch.bfloat16:
         pytest.skip("Triton's interpreter multiplies bf16 wrongly: run under ttsem or on a GPU")
+
+
+@pytest.fixture(autouse=True)
+def nothing_was_logged_before():
+    """A reason is logged once a process; a test should not depend on those before it."""
+    if "siglip_fast.fused" in sys.modules:
+        sys.modules["siglip_fast.fused"]._logged.clear()
 
 
 @pytest.fixture(autouse=True)

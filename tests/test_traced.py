@@ -13,14 +13,12 @@ from torch._dynamo.utils import counters
 from transformers import SiglipVisionConfig
 
 from siglip_fast import SiglipVisionModel
-from siglip_fast import fused as fused_module
 
 
 @pytest.fixture(autouse=True)
 def nothing_compiled_before():
     torch._dynamo.reset()
     counters.clear()
-    fused_module._logged.clear()
 
 
 @pytest.fixture
