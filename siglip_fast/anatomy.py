@@ -5,7 +5,7 @@ The measure is a fresh module of the tower's own config: every class, setting, s
 
 import functools
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -80,8 +80,25 @@ def check_layer(activation: nn.Module, head_dim: int, name: str) -> None:
     """Raise Unsupported unless the operations have the activation, which the config calls `name`, and the head_dim."""
     if type(activation) is not type(ACT2FN["gelu_pytorch_tanh"]):
         raise Unsupported(f"hidden_act is {name!r}, not 'gelu_pytorch_tanh'")
+    check_head_dim(head_dim)
+
+
+def check_head_dim(head_dim: int) -> None:
+    """Raise Unsupported unless the attention kernel has a tile for it."""
     if head_dim > MAX_HEAD_DIM:
         raise Unsupported(f"head_dim is above {MAX_HEAD_DIM}")
+
+
+def layer_view(
+    norms: Sequence[nn.Module], qkv: nn.Module, out_proj: nn.Module, num_heads: int, mlp: nn.Module
+) -> Any:
+    """A layer whose Q, K and V are one matrix, under the names of transformers' SigLIP."""
+    attention = types.SimpleNamespace(out_proj=out_proj, num_heads=num_heads)
+    attention.q_proj, attention.k_proj, attention.v_proj = (
+        types.SimpleNamespace(weight=weight, bias=bias)
+        for weight, bias in zip(qkv.weight.chunk(3), qkv.bias.chunk(3), strict=True)
+    )
+    return types.SimpleNamespace(self_attn=attention, mlp=mlp, layer_norm1=norms[0], layer_norm2=norms[1])
 
 
 def compare(name: str, module: nn.Module | None, fresh: nn.Module) -> None:

@@ -36,7 +36,7 @@ class Fused(nn.Module):
 
     anatomy: ClassVar[Anatomy]
 
-    # Of the class too, for models that were pickled before there were any
+    # Of the class, for instances that `become_fast` has not met: vLLM's, and models pickled by an earlier version
     backend = "auto"
     strict = False
     _derived: Derived | None = None
@@ -191,13 +191,18 @@ def stock_class(fast: type[Fused]) -> type[nn.Module]:
 
 def keyword_reasons(config: Any, kwargs: dict[str, Any], ignored: tuple[str, ...] = ()) -> Iterator[str]:
     """Why a tower of transformers, called with `kwargs`, has to run as stock's. `output_hidden_states` is not looked at."""
-    if kwargs.get("output_attentions", getattr(config, "output_attentions", False)):
+    if asked_for("output_attentions", config, kwargs):
         yield "output_attentions was asked for"
     known = ("return_dict", "output_attentions", "output_hidden_states", *ignored)
     if extra := [name for name, value in kwargs.items() if name not in known and value is not None]:
         yield f"the stock code takes the keyword arguments {', '.join(extra)}"
     if kwargs.get("return_dict", True) is None and config.return_dict is False:
         yield "return_dict is None, which means different things to different versions of transformers"
+
+
+def asked_for(name: str, config: Any, kwargs: dict[str, Any]) -> Any:
+    """output_attentions or output_hidden_states, of the call or else of the config."""
+    return kwargs.get(name, getattr(config, name, False))
 
 
 def in_asked_form(output: Any, config: Any, kwargs: dict[str, Any]) -> Any:

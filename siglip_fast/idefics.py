@@ -18,7 +18,7 @@ from transformers.models.smolvlm import modeling_smolvlm
 from .anatomy import of_transformers
 from .backends.select import is_capturing
 from .forward import forward
-from .fused import Fused, attention_reasons, in_asked_form, keyword_reasons
+from .fused import Fused, asked_for, attention_reasons, in_asked_form, keyword_reasons
 
 
 class IdeficsTower(Fused):
@@ -77,7 +77,7 @@ class IdeficsTower(Fused):
         if torch.compiler.is_compiling():
             yield "torch.compile traces"
         yield from keyword_reasons(self.config, kwargs)
-        if kwargs.get("output_hidden_states", getattr(self.config, "output_hidden_states", False)):
+        if asked_for("output_hidden_states", self.config, kwargs):
             yield "output_hidden_states was asked for"
         if patch_attention_mask is not None and is_capturing(patch_attention_mask):
             yield "a mask cannot be read inside a CUDA graph"

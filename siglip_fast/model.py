@@ -19,7 +19,7 @@ from . import selection, traced
 from .anatomy import of_transformers
 from .backends.select import is_capturing
 from .forward import forward
-from .fused import Fused, attention_reasons, in_asked_form, keyword_reasons
+from .fused import Fused, asked_for, attention_reasons, in_asked_form, keyword_reasons
 from .graphs import RECORDING, Graphs
 from .ops import DTYPES
 from .uint8 import Normalization, check_images, normalization
@@ -202,7 +202,7 @@ class SiglipTower(Fused):
     ) -> BaseModelOutputWithPooling | tuple[Tensor, ...]:
         """The output, on the operations; pixel_values are uint8 where they have yet to be normalised."""
         hidden_states = None
-        if asked := self._asked_for_hidden_states(kwargs):
+        if asked := asked_for("output_hidden_states", self.config, kwargs):
             hidden_states = HiddenStates(asked, self.config.num_hidden_layers + 1)
         with torch.no_grad():
             outputs = self._run(derived, pixel_values, interpolate, hidden_states, normalize)
@@ -288,15 +288,12 @@ class SiglipTower(Fused):
     def _request_reasons(self, interpolate_pos_encoding: bool = False, **kwargs) -> Iterator[str]:
         # ModernVBERT passes a patch_attention_mask, which no attention of transformers reads
         yield from keyword_reasons(self.config, kwargs, ignored=("patch_attention_mask",))
-        if self._asked_for_hidden_states(kwargs):
+        if asked_for("output_hidden_states", self.config, kwargs):
             if not self.returns_hidden_states or torch.compiler.is_compiling():
                 yield "output_hidden_states was asked for"
             elif getattr(self.config, "tie_last_hidden_states", None):
                 yield "the config ties the last of the hidden states to last_hidden_state"
         yield from attention_reasons(self._tower)
-
-    def _asked_for_hidden_states(self, kwargs: dict[str, Any]) -> bool | int | Sequence[int] | None:
-        return kwargs.get("output_hidden_states", getattr(self.config, "output_hidden_states", False))
 
     def _position(self, pixel_values: Tensor, interpolate: bool) -> Tensor:
         """The position embedding `[N, D]` for these images, whose shape it checks."""

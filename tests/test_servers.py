@@ -79,36 +79,27 @@ def fake(name, **contents):
 """
 
 
-def test_unknown_vllm(tmp_path, monkeypatch):
-    code = """
-        class SiglipVisionTransformer:
-            def forward(self, pixel_values, something_new):
-                pass
+FAKE_VLLM = """
+class SiglipVisionTransformer:
+    def forward(self, pixel_values, {arguments}):
+        pass
 
-        siglip = fake("vllm.model_executor.models.siglip", SiglipVisionTransformer=SiglipVisionTransformer)
-        from siglip_fast.integrations.vllm import register
-        register()
-        assert siglip.SiglipVisionTransformer is SiglipVisionTransformer
-    """
-    output = run(FAKE + textwrap.dedent(code), tmp_path, monkeypatch)
+siglip = fake("vllm.model_executor.models.siglip", SiglipVisionTransformer=SiglipVisionTransformer)
+from siglip_fast.integrations.vllm import register
+register()
+assert siglip.SiglipVisionTransformer is SiglipVisionTransformer
+"""
+
+
+def test_unknown_vllm(tmp_path, monkeypatch):
+    output = run(FAKE + FAKE_VLLM.format(arguments="something_new"), tmp_path, monkeypatch)
     assert "vLLM is left as it was: TypeError: SiglipVisionTransformer.forward takes" in output
     assert "something_new" in output
 
 
 def test_vllm_without_what_the_tower_imports(tmp_path, monkeypatch):
-    code = """
-        class SiglipVisionTransformer:
-            def forward(
-                self, pixel_values, *, interpolate_pos_encoding, select_layers, feature_select_strategy
-            ):
-                pass
-
-        siglip = fake("vllm.model_executor.models.siglip", SiglipVisionTransformer=SiglipVisionTransformer)
-        from siglip_fast.integrations.vllm import register
-        register()
-        assert siglip.SiglipVisionTransformer is SiglipVisionTransformer
-    """
-    output = run(FAKE + textwrap.dedent(code), tmp_path, monkeypatch)
+    arguments = "*, interpolate_pos_encoding, select_layers, feature_select_strategy"
+    output = run(FAKE + FAKE_VLLM.format(arguments=arguments), tmp_path, monkeypatch)
     assert "vLLM is left as it was: ModuleNotFoundError: No module named 'vllm.envs'" in output
 
 

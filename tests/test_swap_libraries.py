@@ -98,6 +98,13 @@ class TestPeft:
 POOLING = ["SiglipMultiheadAttentionPoolingHead"]
 
 
+def with_one_on_disk(accelerate, part, folder):
+    """PaliGemma's parts in memory, but for one."""
+    parts = ("model.vision_tower", "model.multi_modal_projector", "model.language_model", "lm_head")
+    places = dict.fromkeys(parts, "cpu") | {part: "disk"}
+    return lambda model: accelerate.dispatch_model(model, places, main_device="cpu", offload_dir=folder)
+
+
 class TestAccelerate:
     @pytest.fixture
     def accelerate(self):
@@ -120,13 +127,7 @@ class TestAccelerate:
     def test_a_tower_on_disk_delegates(self, swapped, accelerate, attentions, tmp_path):
         model, inputs = zoo.build("paligemma")
         expected = zoo.run(model, inputs)
-        places = {"model.vision_tower": "disk", "model.multi_modal_projector": "cpu"}
-        places |= {"model.language_model": "cpu", "lm_head": "cpu"}
-
-        def dispatch(m):
-            return accelerate.dispatch_model(m, places, main_device="cpu", offload_dir=tmp_path)
-
-        model = swapped(model, dispatch)
+        model = swapped(model, with_one_on_disk(accelerate, "model.vision_tower", tmp_path))
         assert equal(zoo.run(model, inputs), expected)
         assert not attentions
 
@@ -135,13 +136,7 @@ class TestAccelerate:
     ):
         model, inputs = zoo.build("paligemma")
         expected = zoo.run(model, inputs)
-        places = {"model.vision_tower": "cpu", "model.multi_modal_projector": "cpu"}
-        places |= {"model.language_model": "disk", "lm_head": "cpu"}
-
-        def dispatch(m):
-            return accelerate.dispatch_model(m, places, main_device="cpu", offload_dir=tmp_path)
-
-        model = swapped(model, dispatch)
+        model = swapped(model, with_one_on_disk(accelerate, "model.language_model", tmp_path))
         assert zoo.error(zoo.run(model, inputs), expected) < TOLERANCE
 
     def test_unhooked_it_is_fused_again(self, case, accelerate, attentions):

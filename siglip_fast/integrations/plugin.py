@@ -5,6 +5,8 @@ import logging
 import os
 from collections.abc import Callable
 
+from ..loading import typed_line
+
 SWITCH = "SIGLIP_FAST_PLUGIN"
 
 logger = logging.getLogger("siglip_fast")
@@ -30,7 +32,7 @@ def plugin(server: str) -> Callable[[Callable[[], str]], Callable[[], None]]:
                 logger.warning("%s: %s", server, change())
                 done = True
             except Exception as error:  # of another version's of the server, whatever it is
-                logger.warning("%s is left as it was: %s: %s", server, type(error).__name__, error)
+                logger.warning("%s is left as it was: %s", server, typed_line(error))
 
         return entry_point
 

@@ -13,6 +13,7 @@ import pkgutil
 from collections.abc import Callable
 from typing import Any
 
+from ..loading import typed_line
 from .plugin import plugin
 
 logger = logging.getLogger("siglip_fast")
@@ -56,7 +57,7 @@ def after_load(loaded: Any, *args, **kwargs) -> None:
         if siglip_fast.towers(model):
             siglip_fast.apply_to(model)
     except Exception as error:
-        logger.warning("SGLang's model stays as it is: %s: %s", type(error).__name__, error)
+        logger.warning("SGLang's model stays as it is: %s", typed_line(error))
 
 
 def around_update(update: Callable, updater: Any, *args, **kwargs) -> Any:

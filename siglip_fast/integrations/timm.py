@@ -13,14 +13,23 @@ from timm.layers.activations import GELU, GELUTanh
 from timm.models import vision_transformer as stock
 from torch import Tensor, nn
 
-from ..anatomy import MAX_HEAD_DIM, Anatomy, Unsupported, check_tensors, compare, compare_class, descendant
+from ..anatomy import (
+    Anatomy,
+    Unsupported,
+    check_head_dim,
+    check_tensors,
+    compare,
+    compare_class,
+    descendant,
+    layer_view,
+)
 from ..forward import forward
 from ..fused import Fused
 
 # Of the tower itself, whose every forward looks at them; what lies below it is compared once, then watched.
 _SETTINGS = {"cls_token": None, "reg_token": None, "num_prefix_tokens": 0, "dynamic_img_size": False}
 _EXACT_GELU = (nn.GELU, GELU)  # many published models have it, though SigLIP was trained with the tanh form
-_METHODS = ("forward", "forward_features", "forward_head", "pool", "_pos_embed")
+_METHODS = ("forward_features", "forward_head", "pool", "_pos_embed")
 
 
 def check(tower: stock.VisionTransformer) -> None:
@@ -51,8 +60,7 @@ def _check_blocks(tower: stock.VisionTransformer, D: int) -> None:
     attention, mlp = tower.blocks[0].attn, tower.blocks[0].mlp
     if type(mlp.act) not in (GELUTanh, *_EXACT_GELU):
         raise Unsupported(f"the activation is {mlp.act}, no GELU")
-    if attention.head_dim > MAX_HEAD_DIM:
-        raise Unsupported(f"head_dim is above {MAX_HEAD_DIM}")
+    check_head_dim(attention.head_dim)
     ratio = (len(mlp.fc1.weight) + 0.5) / D  # timm rounds the product down
     norm, heads = type(tower.norm), attention.num_heads
     block = stock.Block(D, heads, ratio, qkv_bias=True, norm_layer=norm, act_layer=type(mlp.act))
@@ -79,12 +87,8 @@ def view(tower: stock.VisionTransformer) -> SimpleNamespace:
 
 
 def _layer(block: nn.Module) -> SimpleNamespace:
-    qkv, parts = block.attn.qkv, ("q_proj", "k_proj", "v_proj")
-    attention = SimpleNamespace(out_proj=block.attn.proj, num_heads=block.attn.num_heads)
-    for name, weight, bias in zip(parts, qkv.weight.chunk(3), qkv.bias.chunk(3), strict=True):
-        setattr(attention, name, SimpleNamespace(weight=weight, bias=bias))
-    norms = {"layer_norm1": block.norm1, "layer_norm2": block.norm2}
-    return SimpleNamespace(self_attn=attention, mlp=block.mlp, **norms)
+    own = block.attn
+    return layer_view((block.norm1, block.norm2), own.qkv, own.proj, own.num_heads, block.mlp)
 
 
 def _head(pool: nn.Module) -> SimpleNamespace:
@@ -101,8 +105,8 @@ class VisionTransformer(Fused, stock.VisionTransformer):
     """timm's VisionTransformer whose `forward` and `forward_features` run fused, or as timm's where that cannot be.
 
     All else, such as masks and `forward_intermediates`, is timm's. Under torch.compile timm's code is traced; for
-    torch.jit.script call `siglip_fast.restore` first. RuntimeError
-    is raised where `strict` is set and the fused path does not apply, or the backend asked for cannot run.
+    torch.jit.script call `siglip_fast.restore` first. RuntimeError is raised where `strict` is set and the fused path
+    does not apply, or the backend asked for cannot run.
     """
 
     anatomy = Anatomy(
@@ -159,5 +163,5 @@ class VisionTransformer(Fused, stock.VisionTransformer):
                 yield f"{name} is set"
         for name in _METHODS:
             home = getattr(getattr(stock.VisionTransformer, name, None), "__module__", None)
-            if home != stock.__name__ or (name in vars(self) and name != "forward"):
+            if home != stock.__name__ or name in vars(self):
                 yield f"{name} is replaced"

@@ -17,9 +17,10 @@ from vllm.model_executor.layers.layernorm import LayerNorm
 from vllm.model_executor.models import siglip
 from vllm.model_executor.parameter import ModelWeightParameter
 
-from ..anatomy import MAX_HEAD_DIM, Anatomy, Unsupported, check_position_ids, check_tensors
+from ..anatomy import Anatomy, Unsupported, check_head_dim, check_position_ids, check_tensors, layer_view
 from ..forward import forward
 from ..fused import Fused, checked_backend
+from ..loading import typed_line
 
 _PARAMETERS = (nn.Parameter, ModelWeightParameter)  # the latter adds only how it is loaded
 _LINEARS = (linear.QKVParallelLinear, linear.ColumnParallelLinear, linear.RowParallelLinear)
@@ -37,8 +38,7 @@ def check(tower: nn.Module) -> None:
     head_dim = config.hidden_size // config.num_attention_heads
     if config.hidden_act != "gelu_pytorch_tanh":
         raise Unsupported(f"hidden_act is {config.hidden_act!r}, not 'gelu_pytorch_tanh'")
-    if head_dim > MAX_HEAD_DIM:
-        raise Unsupported(f"head_dim is above {MAX_HEAD_DIM}")
+    check_head_dim(head_dim)
     known = (*_KNOWN, type(get_act_fn(config.hidden_act)))
     for part in ("embeddings", "encoder"):
         for name, module in getattr(tower, part).named_modules(prefix=part):
@@ -70,13 +70,8 @@ def view(tower: nn.Module) -> SimpleNamespace:
 
 
 def _layer(layer: nn.Module) -> SimpleNamespace:
-    own, qkv = layer.self_attn, layer.self_attn.qkv_proj
-    attention = SimpleNamespace(out_proj=own.out_proj, num_heads=own.num_heads)
-    attention.q_proj, attention.k_proj, attention.v_proj = (
-        SimpleNamespace(weight=w, bias=b) for w, b in zip(qkv.weight.chunk(3), qkv.bias.chunk(3), strict=True)
-    )
-    norms = {"layer_norm1": layer.layer_norm1, "layer_norm2": layer.layer_norm2}
-    return SimpleNamespace(self_attn=attention, mlp=layer.mlp, **norms)
+    own, norms = layer.self_attn, (layer.layer_norm1, layer.layer_norm2)
+    return layer_view(norms, own.qkv_proj, own.out_proj, own.num_heads, layer.mlp)
 
 
 class FastSiglipVisionTransformer(Fused, siglip.SiglipVisionTransformer):
@@ -116,7 +111,7 @@ class FastSiglipVisionTransformer(Fused, siglip.SiglipVisionTransformer):
             if self._derived is not None and not self._derived.is_new:
                 raise
             self.forget_derived()
-            reason = self._failure = f"the first fused forward failed: {type(error).__name__}: {error}"
+            reason = self._failure = f"the first fused forward failed: {typed_line(error)}"
         return self._delegate(reason)
 
     def _call_reasons(self, pixel_values: Tensor, *args, **kwargs) -> Iterator[str]:
