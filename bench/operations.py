@@ -48,7 +48,7 @@ def candidates(case: Case, operation: str) -> dict[str, Callable[[], Call]]:
         if tuned and not has_tuned(torch.device(DEVICE)):
             raise Missing("nothing is tuned for this device (siglip-fast tune)")
         backend = select.load(BACKEND)
-        call = Call(getattr(backend, name), packed(arguments, backend))
+        call = Call(getattr(backend, name), packed(arguments, backend, tokens=wanted.rows // case.batch_size))
         with configurations(tuned):  # settled at the first call
             call()
         return call

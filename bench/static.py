@@ -112,7 +112,7 @@ def forward(name: str, dtype: torch.dtype, batch: int) -> None:
     tower = getattr(model, "vision_model", model)
     ops = Ops("triton")
     # Not Derived, which refuses meta parameters; in bf16 first, because fp16 would look at values.
-    weights = _tower_weights(tower, ops.pack_weight)
+    weights = _tower_weights(tower, ops)
     weights = weights._replace(layers=weights.layers * layers)
     weights, position = tree_map(
         lambda x: x.to(dtype) if isinstance(x, torch.Tensor) and x.dtype == torch.bfloat16 else x,

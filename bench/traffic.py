@@ -155,7 +155,7 @@ def count_ours(config: SiglipVisionConfig, pixels: Tensor) -> Counter:
     tower = getattr(model, "vision_model", model)
     position = tower.embeddings.position_embedding.weight
     ops = Ops("triton")
-    weights = _tower_weights(tower, ops.pack_weight)  # not Derived, which refuses meta parameters
+    weights = _tower_weights(tower, ops)  # not Derived, which refuses meta parameters
     with counting(_tensors((weights, position))) as counter:
         forward(ops, weights, pixels, position)
     return counter

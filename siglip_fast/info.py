@@ -54,7 +54,8 @@ def check_operations(
         run = getattr(implementation, case.operation.name)
         try:
             args = inputs(case, device)
-            wrong = Verifier(case, device, args)(functools.partial(run, *packed(args, implementation)))
+            args_as_run = packed(args, implementation, tokens=case.rows)  # of one image, or of the pooled one
+            wrong = Verifier(case, device, args)(functools.partial(run, *args_as_run))
         except Exception as error:  # a self-check tells of whatever fails
             wrong = typed_line(error)
         all_right &= wrong is None
@@ -66,13 +67,12 @@ def check_operations(
     return all_right
 
 
-def packed(args: tuple, implementation: Any) -> list:
-    """With the weights as the backend wants them, which are those that `siglip_fast.weights` packs."""
+def packed(args: tuple, implementation: Any, tokens: int) -> list:
+    """With the weights as the backend wants them for images of so many tokens, as `siglip_fast.weights` packs them."""
     from .ops import Linear, NormedLinear, PatchEmbedding
 
     packable = (PatchEmbedding, Linear, NormedLinear)
-    pack = implementation.pack_weight
-    return [arg._replace(weight=pack(arg.weight)) if isinstance(arg, packable) else arg for arg in args]
+    return [implementation.pack(arg, tokens) if isinstance(arg, packable) else arg for arg in args]
 
 
 def cache_state(device: "torch.device") -> str:

@@ -2,7 +2,7 @@
 
 B images, N tokens each, D hidden_size, H heads of head_dim d = D / H, p patch size. Every tensor of a call is on one
 device and of one dtype out of bfloat16, float16 and float32, except where float32 is stated. Activations that are
-not contiguous are copied, weights have to be contiguous. Outputs are contiguous. A contract that is not met raises
+not contiguous are copied, weights have to be contiguous. Outputs are contiguous. There are no gradients. A contract that is not met raises
 ValueError (shape) or TypeError (dtype, device), naming the argument, what it is and what was expected.
 
 `moments` are what LayerNorm needs to know of each row of the residual stream: for the triton backend float32
@@ -10,7 +10,7 @@ ValueError (shape) or TypeError (dtype, device), naming the argument, what it is
 whose LayerNorm reads the rows. They belong to the hidden_states that they were returned with.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,12 +22,13 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 class PatchEmbedding(NamedTuple):
     """`weight [D, C·p·p]` (a Conv2d's, flattened), `bias [D]`; for uint8 pixels the bias is float32 and the products
-    are multiplied by `scale` (`siglip_fast.uint8`)."""
+    are multiplied by `scale` (`siglip_fast.uint8`). `packed` is the backend's own (`Ops.pack`), here and below."""
 
     weight: Tensor
     bias: Tensor
     patch_size: int
     scale: float = 1.0
+    packed: Any = None
 
 
 class Linear(NamedTuple):
@@ -35,6 +36,7 @@ class Linear(NamedTuple):
 
     weight: Tensor
     bias: Tensor
+    packed: Any = None
 
 
 class NormedLinear(NamedTuple):
@@ -45,6 +47,7 @@ class NormedLinear(NamedTuple):
     colsum: Tensor
     bias: Tensor
     eps: float
+    packed: Any = None
 
 
 class Norm(NamedTuple):
@@ -62,6 +65,9 @@ class Pool(NamedTuple):
     value: Linear
 
 
+AnyLinear = TypeVar("AnyLinear", PatchEmbedding, Linear, NormedLinear)
+
+
 class Ops:
     """The operations on one backend: `Ops("torch")`, `Ops("cpu")` or `Ops("triton")`."""
 
@@ -71,10 +77,10 @@ class Ops:
         self._carries_moments = backend == "triton"
         self.reads_uint8 = backend == "triton"
 
-    def pack_weight(self, weight: Tensor) -> Tensor:
-        """`weight [out, in]`, contiguous, as the backend's linear operations read it best: maybe an opaque tensor of
-        the same shape and dtype, maybe the same tensor. They take it in the place of the weight."""
-        return self._module.pack_weight(weight)
+    def pack(self, linear: AnyLinear, tokens: int) -> AnyLinear:
+        """The same with its weight, `[out, in]` and contiguous, as the backend's operations read it best: maybe in an
+        opaque tensor of the same shape and dtype, maybe once more in `packed`, for images of so many tokens."""
+        return self._module.pack(linear, tokens)
 
     def patch_embed(
         self, pixel_values: Tensor, patch: PatchEmbedding, position: Tensor

@@ -4,6 +4,7 @@ They never enter the state dict. The merged QKV and fc1, into which LayerNorm is
 parameters' own memory, unless the backend packs weights, which makes a copy of each matrix.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from .anatomy import Anatomy, Unsupported
-from .ops import Linear, Norm, NormedLinear, Ops, PatchEmbedding, Pool
+from .ops import AnyLinear, Linear, Norm, NormedLinear, Ops, PatchEmbedding, Pool
 from .source import Source
 from .uint8 import Normalization
 
@@ -89,7 +90,7 @@ class Derived:
         # Also under inference_mode the copies have to be ordinary tensors: they outlive it.
         with torch.inference_mode(False), torch.no_grad():
             self._anatomy.check(self.source.tower)
-            weights = _tower_weights(self._anatomy.view(self.source.tower), self.ops.pack_weight)
+            weights = _tower_weights(self._anatomy.view(self.source.tower), self.ops)
         _finish(weights)
         self.weights = weights
 
@@ -100,18 +101,20 @@ def _finish(weights: TowerWeights) -> None:
         torch.cuda.current_stream(weights.patch.weight.device).synchronize()
 
 
-Pack = Callable[[Tensor], Tensor]  # Ops.pack_weight
+Pack = Callable[[AnyLinear], AnyLinear]  # Ops.pack, for so many tokens
 
 
-def _tower_weights(tower: Any, pack: Pack) -> TowerWeights:
+def _tower_weights(tower: Any, ops: Ops) -> TowerWeights:
     """Those of a tower, or a view of one, that has the names of transformers' SigLIP."""
     conv = tower.embeddings.patch_embedding
-    weight = pack(_plain(conv.weight).flatten(1))
+    patch = PatchEmbedding(_plain(conv.weight).flatten(1), _plain(conv.bias), tower.embeddings.patch_size)
+    pack = functools.partial(ops.pack, tokens=tower.embeddings.num_patches)
+    pack_pooled = functools.partial(ops.pack, tokens=1)
     return TowerWeights(
-        patch=PatchEmbedding(weight, _plain(conv.bias), tower.embeddings.patch_size),
+        patch=pack(patch),
         layers=[_layer_weights(layer, pack) for layer in tower.encoder.layers],
         post_layernorm=tower.post_layernorm and _norm(tower.post_layernorm),
-        head=_head_weights(tower.head, pack) if getattr(tower, "use_head", False) else None,
+        head=_head_weights(tower.head, pack_pooled) if getattr(tower, "use_head", False) else None,
         num_heads=tower.encoder.layers[0].self_attn.num_heads,
         exact_gelu=getattr(tower, "exact_gelu", False),
     )
@@ -152,7 +155,7 @@ def _plain(parameter: Tensor) -> Tensor:
 
 
 def _linear(linear: nn.Linear, pack: Pack) -> Linear:
-    return Linear(pack(_plain(linear.weight)), _plain(linear.bias))
+    return pack(Linear(_plain(linear.weight), _plain(linear.bias)))
 
 
 def _norm(norm: nn.LayerNorm) -> Norm:
@@ -168,10 +171,11 @@ def _fold(norm: nn.LayerNorm, weight: Tensor, bias: Tensor, pack: Pack) -> Norme
         lost = (folded.float() - product).norm(dim=1) > 5e-4 * product.norm(dim=1)
         if lost.any():
             raise Unsupported("a LayerNorm's weight times the projection behind it leaves float16's range")
-    return NormedLinear(
-        weight=pack(folded),
+    normed = NormedLinear(
+        weight=folded,
         # From the rounded weights: what the GEMM multiplies the mean by.
         colsum=folded.float().sum(1),
         bias=(weight.float() * norm.bias.float()).sum(1) + bias.float(),
         eps=norm.eps,
     )
+    return pack(normed)

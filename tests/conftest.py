@@ -27,9 +27,12 @@ def device() -> str:
     return DEVICE
 
 
-@pytest.fixture(params=["torch", "cpu", "triton"])
-def backend(request) -> str:
-    return request.param
+@pytest.fixture(params=["torch", "cpu", "cpu-avx2", "triton"])
+def backend(request, monkeypatch) -> str:
+    name, _, isa = request.param.partition("-")
+    if isa:
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: isa.upper())
+    return name
 
 
 @pytest.fixture(params=[torch.float32, torch.float16, torch.bfloat16], ids=["fp32", "fp16", "bf16"])
@@ -53,7 +56,7 @@ def nothing_was_logged_before():
 
 @pytest.fixture(autouse=True)
 def packs_weights_everywhere(monkeypatch):
-    """The cpu backend packs weights where that is faster; it has to be right wherever oneDNN is."""
+    """The cpu backend packs weights for the CPU it is on; it has to be right wherever oneDNN is."""
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
 
 

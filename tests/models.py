@@ -1,6 +1,7 @@
 """Stock models whose weights leave nothing neutral, and the drop-in with the same weights."""
 
 import copy
+import platform
 
 import torch
 import transformers
@@ -9,6 +10,7 @@ from transformers import SiglipVisionConfig
 
 from siglip_fast import SiglipVisionModel
 
+ONEDNN = platform.machine() in ("x86_64", "AMD64") and torch.backends.mkldnn.is_available()
 TINY = {
     "hidden_size": 64,
     "intermediate_size": 100,

@@ -1,6 +1,7 @@
 """attention_pool against nn.MultiheadAttention with the probe as its query."""
 
 import copy
+import functools
 
 import pytest
 import reference
@@ -39,7 +40,7 @@ def check(head, y, backend):
         return attention(probe, y, y)[0][:, 0]
 
     ops = Ops(backend)
-    out = ops.attention_pool(y, _head_weights(head, ops.pack_weight).pool)
+    out = ops.attention_pool(y, _head_weights(head, functools.partial(ops.pack, tokens=1)).pool)
     same_dtype = attend(copy.deepcopy(head), y)
     reference.assert_accurate(out, attend(copy.deepcopy(head).double(), y.double()), same_dtype)
 
@@ -54,7 +55,7 @@ def test_a_phantom_token_would_dominate(dtype, backend, device):
     """Every real score is below the 0 of a token that is not there."""
     torch.manual_seed(0)
     head = make(128, 2, dtype, device)
-    scores = _head_weights(head, Ops(backend).pack_weight).pool.scores
+    scores = _head_weights(head, functools.partial(Ops(backend).pack, tokens=1)).pool.scores
     y = torch.randn(2, 37, 128).to(device) * 0.1 - 40 * scores.mean(0) / scores.mean(0).norm()
     assert (y.float() @ scores.T).max() < -4
     check(head, y.to(dtype), backend)

@@ -1,5 +1,7 @@
 """layernorm_linear against LayerNorm, Linear and GELU in float64."""
 
+import functools
+
 import pytest
 import reference
 import torch
@@ -38,6 +40,10 @@ def make(M, K, N, dtype, device):
     return x, norm, weight, bias
 
 
+def fold(norm, weight, bias, backend, tokens):
+    return _fold(norm, weight, bias, functools.partial(Ops(backend).pack, tokens=tokens))
+
+
 def moments_of(x, backend):
     return reference.moments(x).float() if backend == "triton" else None
 
@@ -47,7 +53,7 @@ def moments_of(x, backend):
 def test_accuracy(M, K, N, gelu, dtype, backend, device):
     x, norm, weight, bias = make(M, K, N, dtype, device)
     out = Ops(backend).layernorm_linear(
-        x, moments_of(x, backend), _fold(norm, weight, bias, Ops(backend).pack_weight), gelu
+        x, moments_of(x, backend), fold(norm, weight, bias, backend, tokens=len(x)), gelu
     )
     expected = reference.linear(reference.layernorm(x, norm.weight, norm.bias, norm.eps), weight, bias)
     same_dtype = F.linear(norm(x), weight, bias)
@@ -60,7 +66,7 @@ def test_eps_counts(dtype, backend, device):
     x, norm, weight, bias = make(3, 128, 136, dtype, device)
     x, norm.eps = (0.1 * torch.randn(3, 128)).to(device, dtype), 0.5
     out = Ops(backend).layernorm_linear(
-        x, moments_of(x, backend), _fold(norm, weight, bias, Ops(backend).pack_weight)
+        x, moments_of(x, backend), fold(norm, weight, bias, backend, tokens=len(x))
     )
     expected = reference.linear(reference.layernorm(x, norm.weight, norm.bias, 0.5), weight, bias)
     reference.assert_accurate(out, expected, F.linear(norm(x), weight, bias))
@@ -71,7 +77,7 @@ def test_a_mean_that_dwarfs_the_deviation(dtype, backend, device):
     x, norm, weight, bias = make(3, 768, 136, dtype, device)
     x = (torch.randn(3, 768) + 30).to(device, dtype)
     out = Ops(backend).layernorm_linear(
-        x, moments_of(x, backend), _fold(norm, weight, bias, Ops(backend).pack_weight)
+        x, moments_of(x, backend), fold(norm, weight, bias, backend, tokens=len(x))
     )
     expected = reference.linear(reference.layernorm(x, norm.weight, norm.bias, norm.eps), weight, bias)
     reference.assert_accurate(out, expected, F.linear(norm(x), weight, bias))
@@ -80,7 +86,7 @@ def test_a_mean_that_dwarfs_the_deviation(dtype, backend, device):
 def test_colsum_is_summed_from_the_rounded_weight():
     """With the mean a hundred times the deviation, the unrounded sum would leave mean · (difference) behind."""
     _, norm, weight, bias = make(1, 768, 64, torch.bfloat16, "cpu")
-    folded = _fold(norm, weight, bias, Ops("torch").pack_weight)
+    folded = fold(norm, weight, bias, "torch", tokens=1)
     assert folded.weight.dtype == torch.bfloat16
     torch.testing.assert_close(folded.colsum.double(), folded.weight.double().sum(1), rtol=1e-6, atol=1e-6)
     unrounded = (weight.float() * norm.weight.float()).sum(1)
@@ -91,7 +97,7 @@ def test_a_row_does_not_depend_on_its_batch(dtype, backend, device):
     if backend != "triton":
         pytest.skip("the libraries behind the torch backend choose their algorithm by the batch")
     x, norm, weight, bias = make(131, 128, 96, dtype, device)
-    folded = _fold(norm, weight, bias, Ops(backend).pack_weight)
+    folded = fold(norm, weight, bias, backend, tokens=len(x))
     together = Ops(backend).layernorm_linear(x, moments_of(x, backend), folded)
     alone = Ops(backend).layernorm_linear(x[130:], moments_of(x[130:], backend), folded)
     assert torch.equal(together[130:], alone)

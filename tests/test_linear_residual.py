@@ -33,10 +33,13 @@ def test_accuracy(M, K, N, with_residual, dtype, backend, device):
     x = torch.randn(M, K).to(device, dtype)
     linear = Linear((torch.randn(N, K) * K**-0.5).to(device, dtype), torch.randn(N).to(device, dtype))
     linear.weight[:, -1] *= 8
-    packed = linear._replace(weight=Ops(backend).pack_weight(linear.weight))
+    packed = Ops(backend).pack(linear, tokens=M)
     residual = reference.outliers(M, N).to(device, dtype) if with_residual else None
     out, moments = Ops(backend).linear_residual(x, packed, residual)
-    expected, same_dtype = reference.linear(x, *linear), F.linear(x, *linear)
+    expected, same_dtype = (
+        reference.linear(x, linear.weight, linear.bias),
+        F.linear(x, linear.weight, linear.bias),
+    )
     if with_residual:
         expected, same_dtype = expected + residual.double(), same_dtype + residual
     reference.assert_accurate(out, expected, same_dtype)
@@ -55,8 +58,8 @@ def test_sliced_and_transposed_input(dtype, backend, device):
     residual = torch.randn(4, 50, 80).to(device, dtype)[1:3, :, :72]
     linear = Linear(torch.randn(72, 100).to(device, dtype), torch.randn(72).to(device, dtype))
     out, _ = Ops(backend).linear_residual(x, linear, residual)
-    expected = reference.linear(x, *linear) + residual.double()
-    reference.assert_accurate(out, expected, F.linear(x, *linear) + residual)
+    expected = reference.linear(x, linear.weight, linear.bias) + residual.double()
+    reference.assert_accurate(out, expected, F.linear(x, linear.weight, linear.bias) + residual)
 
 
 def test_moments_survive_a_large_mean(device):

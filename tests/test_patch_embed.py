@@ -31,8 +31,8 @@ def make(B, C, height, width, p, D, dtype, device):
 
 
 def check(backend, pixel_values, weight, bias, position):
-    packed = Ops(backend).pack_weight(weight.flatten(1))
-    patch = PatchEmbedding(packed, bias, weight.shape[-1])
+    patch = PatchEmbedding(weight.flatten(1), bias, weight.shape[-1])
+    patch = Ops(backend).pack(patch, tokens=len(position))
     out, moments = Ops(backend).patch_embed(pixel_values, patch, position)
     cast = pixel_values.to(weight.dtype)
     expected = reference.patch_embed(cast, weight, bias, position)

@@ -2,7 +2,7 @@
 
 auto     triton on CUDA and ROCm devices, cpu on CPUs
 triton   the fused kernels; on CPU tensors only where Triton itself can run them (its interpreter)
-cpu      oneDNN's fused GEMMs on packed weights, where there is oneDNN and AVX-512; else the same code as torch
+cpu      oneDNN's kernels on packed weights, where there is oneDNN and AVX-512, or in fp32 AVX2; else as torch
 torch    plain torch: the reference and fallback, any device
 """
 

@@ -16,20 +16,20 @@ from siglip_fast.kernels.patch_embed import patch_embed as _patch_embed
 from ..selection import Choice, Selection
 from . import vendor
 from .select import is_for_graph
-from .torch import pack_weight
+from .torch import pack
 
 
 def patch_embed(choice, pixel_values, patch, position):
     if choice.route != "triton" and pixel_values.dtype != torch.uint8:  # bytes only our kernel reads
         return vendor.patch_embed(pixel_values, patch, position)
-    weight, bias, patch_size, scale = patch
+    weight, bias, patch_size, scale, _ = patch
     return _patch_embed(pixel_values, weight, bias, position, patch_size, scale, choice.config)
 
 
 def layernorm_linear(choice, hidden_states, moments, linear, gelu):
     if choice.route != "triton":
         return vendor.layernorm_linear(hidden_states, moments, linear, gelu)
-    weight, colsum, bias, eps = linear
+    weight, colsum, bias, eps, _ = linear
     config = _fitting(choice.config, hidden_states, weight)
     return _layernorm_linear(hidden_states, moments, weight, colsum, bias, eps, gelu, config)
 
@@ -68,7 +68,7 @@ def _fitting(config: dict | None, *operands: torch.Tensor) -> dict | None:
 class Backend:
     """The operations, each as measured on its tensors' device for its shape, or by default."""
 
-    pack_weight = staticmethod(pack_weight)
+    pack = staticmethod(pack)
 
     def __init__(self):
         self._selections: dict[torch.device, Selection] = {}  # loaded when a device is first met

@@ -77,7 +77,9 @@ def view(tower: stock.VisionTransformer) -> SimpleNamespace:
     """The tower under the names of transformers' SigLIP."""
     conv, pool = tower.patch_embed.proj, tower.attn_pool
     return SimpleNamespace(
-        embeddings=SimpleNamespace(patch_embedding=conv, patch_size=conv.kernel_size[0]),
+        embeddings=SimpleNamespace(
+            patch_embedding=conv, patch_size=conv.kernel_size[0], num_patches=tower.patch_embed.num_patches
+        ),
         encoder=SimpleNamespace(layers=[_layer(block) for block in tower.blocks]),
         post_layernorm=tower.norm,
         use_head=pool is not None,

@@ -86,10 +86,10 @@ def inputs(case: Case, device: torch.device) -> tuple:
     def randn(*shape: int, scale: float = 1.0) -> Tensor:
         return (torch.randn(shape, device=device, generator=generator) * scale).to(dtype)
 
-    def linear(out: int, K: int) -> Linear:
+    def linear(out: int, K: int) -> tuple[Tensor, Tensor]:
         weight = randn(out, K, scale=K**-0.5)
         weight[:, -1] *= 4
-        return Linear(weight, randn(out))
+        return weight, randn(out)
 
     if name == "patch_embed":
         D, K, p, N = dims
@@ -112,13 +112,13 @@ def inputs(case: Case, device: torch.device) -> tuple:
         return (qkv,)
     if name == "linear_residual":
         out, K, with_residual = dims
-        return randn(rows, K), linear(out, K), _outliers(randn(rows, out)) if with_residual else None
+        return randn(rows, K), Linear(*linear(out, K)), _outliers(randn(rows, out)) if with_residual else None
     if name == "layernorm":
         x = _outliers(randn(rows, *dims))
         return x, row_moments(x), Norm(randn(*dims), randn(*dims), 1e-6)
     N, D, H = dims
     scores = torch.randn((H, D), device=device, generator=generator) * D**-0.5
-    return randn(rows, N, D), Pool(scores, linear(D, D))
+    return randn(rows, N, D), Pool(scores, Linear(*linear(D, D)))
 
 
 def _outliers(x: Tensor) -> Tensor:
