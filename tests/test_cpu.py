@@ -109,7 +109,6 @@ import torch
 from transformers import SiglipVisionConfig
 from siglip_fast import SiglipVisionModel
 torch.set_num_threads(8)
-torch.backends.cpu.get_cpu_capability = lambda: "AVX2"
 sizes = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "num_hidden_layers": 1}
 model = SiglipVisionModel(SiglipVisionConfig(image_size=384, **sizes), backend="cpu").eval()
 with torch.no_grad():
@@ -117,7 +116,8 @@ with torch.no_grad():
         print("CALL", flush=True)
         model(torch.zeros(1, 3, 384, 384))
 """
-    environment = os.environ | {"ONEDNN_VERBOSE": "1"}
+    avx2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
+    environment = os.environ | avx2 | {"ONEDNN_VERBOSE": "1"}
     run = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment
     )
