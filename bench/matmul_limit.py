@@ -31,9 +31,8 @@ def _cpu_peak(dtype: torch.dtype) -> float:
     """The faster one of the cpu backend's for an image and plain torch's."""
     linear = Linear(torch.randn(3072, 3072).to(dtype), torch.zeros(3072, dtype=dtype))
     x, times = torch.randn(1024, 3072).to(dtype), []
-    for backend in 10 * ("cpu", "torch"):
-        ops = Ops(backend)
-        packed = ops.pack(linear, tokens=len(x))
+    backends = [Ops("cpu"), Ops("torch")]
+    for ops, packed in 10 * [(ops, ops.pack(linear, tokens=len(x))) for ops in backends]:
         start = time.perf_counter()
         ops.linear_residual(x, packed, None)
         times.append(time.perf_counter() - start)

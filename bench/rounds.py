@@ -104,7 +104,7 @@ def wall_turn(run: Callable[[], Tensor]) -> Turn:
 
 
 def rest() -> None:
-    """Threads of whoever had the turn before, onnxruntime's above all, wait busily: the next would be a sixth slower."""
+    """Threads of whoever had the turn before, onnxruntime's above all, wait busily: the next was a sixth slower."""
     if environment.DEVICE == "cpu":
         time.sleep(0.1)
 

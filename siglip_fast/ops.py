@@ -2,8 +2,9 @@
 
 B images, N tokens each, D hidden_size, H heads of head_dim d = D / H, p patch size. Every tensor of a call is on one
 device and of one dtype out of bfloat16, float16 and float32, except where float32 is stated. Activations that are
-not contiguous are copied, weights have to be contiguous. Outputs are contiguous. There are no gradients. A contract that is not met raises
-ValueError (shape) or TypeError (dtype, device), naming the argument, what it is and what was expected.
+not contiguous are copied, weights have to be contiguous. Outputs are contiguous. There are no gradients. A contract
+that is not met raises ValueError (shape) or TypeError (dtype, device), naming the argument, what it is and what was
+expected.
 
 `moments` are what LayerNorm needs to know of each row of the residual stream: for the triton backend float32
 `[B·N, 2, ceil(D / 64)]`, mean and M2 of each block of 64 channels (`siglip_fast.kernels.moments`); None for backends

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import cases
 import environment
+import operations
 import peers
 import pytest
 import rounds
@@ -20,6 +21,14 @@ from transformers import SiglipVisionConfig
 from siglip_fast import SiglipVisionModel
 
 REPO = Path(__file__).parents[1]
+
+
+@pytest.mark.parametrize("operation", operations.OPERATIONS)
+@torch.no_grad()
+def test_the_candidates_of_an_operation_agree(operation):
+    case = cases.Case("base-patch16-224", 1, "float32")
+    makers = operations.candidates(case, operation)
+    torch.testing.assert_close(makers["siglip_fast"]()(), makers["torch"]()(), atol=1e-3, rtol=1e-4)
 
 
 class TestCases:

@@ -46,8 +46,9 @@ def pack(linear, tokens):
 def _isa(weight: Tensor) -> str | None:
     """The instruction set of this CPU, if oneDNN has fast kernels for it in the weight's dtype."""
     dtype = weight.dtype
-    # on other machines these operators are untried
-    if weight.device.type != "cpu" or platform.machine() not in ("x86_64", "AMD64"):
+    if weight.device.type != "cpu":
+        return None
+    if platform.machine() not in ("x86_64", "AMD64"):  # elsewhere these operators are untried
         return None
     if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
         return None
