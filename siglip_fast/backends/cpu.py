@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from . import onednn_graph
 from . import torch as plain
-from .torch import attention as attention
 from .torch import attention_pool as attention_pool
 from .torch import layernorm as layernorm
 
@@ -97,6 +97,13 @@ def layernorm_linear(hidden_states, moments, linear, gelu):
         return plain.layernorm_linear(hidden_states, moments, linear, gelu)
     normed = F.layer_norm(hidden_states, hidden_states.shape[-1:], eps=linear.eps)
     return _linear(normed, linear._replace(bias=linear.bias.to(normed.dtype)), gelu)
+
+
+def attention(qkv):
+    if qkv.dtype == torch.bfloat16 and _isa(qkv) == "AVX512" and not torch.cpu._is_amx_tile_supported():
+        if fused := onednn_graph.attention_for(qkv):
+            return fused(qkv)
+    return plain.attention(qkv)
 
 
 def linear_residual(x, linear, residual):
