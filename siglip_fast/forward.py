@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -20,7 +21,22 @@ def forward(
 
     `collect` is called with the residual stream `[B, N, D]` before the first layer and after each.
     """
-    collect = collect or _ignore
+    images = max(1, ops.rows_at_once // len(position)) if ops.rows_at_once else len(pixel_values)
+    if len(pixel_values) > images and collect is None:
+        parts = pixel_values.tensor_split(-(-len(pixel_values) // images))
+        outputs = [_forward(ops, weights, part, position, _ignore) for part in parts]
+        last_hidden_states, pooler_outputs = zip(*outputs, strict=True)
+        return torch.cat(last_hidden_states), None if weights.head is None else torch.cat(pooler_outputs)
+    return _forward(ops, weights, pixel_values, position, collect or _ignore)
+
+
+def _forward(
+    ops: Ops,
+    weights: TowerWeights,
+    pixel_values: Tensor,
+    position: Tensor,
+    collect: Callable[[Tensor], None],
+) -> tuple[Tensor, Tensor | None]:
     x, m = ops.patch_embed(pixel_values, weights.patch, position)
     collect(x)
     for layer in weights.layers:

@@ -78,6 +78,11 @@ class Ops:
         self._carries_moments = backend == "triton"
         self.reads_uint8 = backend == "triton"
 
+    @property
+    def rows_at_once(self) -> int | None:
+        """How many tokens a forward should take together, if the backend is slower with more."""
+        return self._module.rows_at_once() if self.backend == "cpu" else None
+
     def pack(self, linear: AnyLinear, tokens: int) -> AnyLinear:
         """The same with its weight, `[out, in]` and contiguous, as the backend's operations read it best: maybe in an
         opaque tensor of the same shape and dtype, maybe once more in `packed`, for images of so many tokens."""

@@ -193,3 +193,21 @@ def test_packed_weights_are_no_state(ours, pixels, isa):
 def test_weights_elsewhere_are_left_alone(isa):
     linear = Linear(torch.empty(8, 8, device="meta"), torch.empty(8, device="meta"))
     assert Ops("cpu").pack(linear, tokens=9) is linear
+
+
+@torch.no_grad()
+def test_large_batches_run_in_parts(ours, isa, monkeypatch):
+    pixels = torch.randn(7, 3, 24, 24)  # of 9 tokens each
+    whole = ours(pixels)
+    monkeypatch.setattr(cpu, "rows_at_once", lambda: 30)
+    rows, attention = [], cpu.attention
+    monkeypatch.setattr(cpu, "attention", lambda qkv: rows.append(len(qkv)) or attention(qkv))
+    in_parts = ours(pixels)
+    assert rows == [3] * TINY["num_hidden_layers"] + 2 * [2] * TINY["num_hidden_layers"]
+    for name in ("last_hidden_state", "pooler_output"):
+        torch.testing.assert_close(in_parts[name], whole[name], atol=1e-5, rtol=0)
+    hidden_states = ours(pixels, output_hidden_states=True).hidden_states
+    for actual, plain in zip(hidden_states, expected(ours, pixels, "hidden_states"), strict=True):
+        torch.testing.assert_close(actual, plain, atol=1e-5, rtol=0)
+    monkeypatch.setattr(cpu, "rows_at_once", lambda: 1)
+    assert ours(pixels).last_hidden_state.shape == whole.last_hidden_state.shape

@@ -33,6 +33,12 @@ class PackedForImage(NamedTuple):
     threads: int
 
 
+def rows_at_once():
+    """Of so many a thread, buffers stay in malloc's hands and partly in the caches. Those of larger batches are new
+    pages each time: 32 images of base-patch16-224 in fp32 took 7 % longer in one piece."""
+    return 1024 * torch.get_num_threads()
+
+
 def pack(linear, tokens):
     weight = linear.weight
     isa = _isa(weight)
