@@ -47,7 +47,10 @@ def _is_usable(threads: int) -> bool:
 
 @functools.lru_cache(maxsize=64)
 def _compiled(B: int, N: int, H: int, d: int, threads: int) -> Callable[[Tensor], Tensor] | None:
-    """For so many threads it is compiled. None if that is not possible: torch calls all this internal."""
+    """For so many threads it is compiled. None if that is not possible: torch calls all this internal.
+
+    Static Runtime computes one call at a time, and holds the GIL meanwhile.
+    """
     scale = torch.full((1,), d**-0.5, dtype=torch.float32, device="cpu")
 
     def attention(qkv: Tensor) -> Tensor:

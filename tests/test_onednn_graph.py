@@ -1,0 +1,159 @@
+"""bf16 attention by oneDNN Graph: where it applies, that its scores are not rounded, and what runs where it does not."""
+
+import logging
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import reference
+import torch
+from models import ONEDNN
+from torch.nn import functional as F
+
+from siglip_fast.backends import cpu, onednn_graph
+from siglip_fast.backends import torch as plain
+from siglip_fast.ops import Ops
+
+HAS_BF16 = ONEDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+pytestmark = pytest.mark.skipif(not HAS_BF16, reason="oneDNN has no bf16 kernels for this CPU")
+
+
+@pytest.fixture(autouse=True)
+def a_process_of_its_own(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    clear()
+    yield
+    clear()
+
+
+def clear():
+    onednn_graph._is_usable.cache_clear()
+    onednn_graph._compiled.cache_clear()
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The shapes that oneDNN Graph computed."""
+    shapes, attention_for = [], onednn_graph.attention_for
+
+    def counting(qkv):
+        attention = attention_for(qkv)
+        if attention:
+            shapes.append(qkv.shape)
+        return attention
+
+    monkeypatch.setattr(onednn_graph, "attention_for", counting)
+    return shapes
+
+
+def random(*shape, scale=1.0):
+    torch.manual_seed(0)
+    return (torch.randn(shape) * scale).bfloat16()
+
+
+def assert_accurate(actual, qkv):
+    q, k, v = (t.transpose(1, 2) for t in qkv.unbind(2))
+    sdpa = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+    reference.assert_accurate(actual, reference.attention(qkv), sdpa)
+    assert actual.is_contiguous()
+
+
+@pytest.mark.parametrize("scale", [1, 2, 4])  # the scores' standard deviation is its square
+@pytest.mark.parametrize(
+    "shape",
+    [(2, 196, 3, 12, 64), (1, 729, 3, 16, 72), (3, 1, 3, 4, 64), (1, 65, 3, 4, 96), (5, 7, 3, 2, 8)],
+    ids=str,
+)
+def test_accuracy(shape, scale, calls):
+    qkv = random(*shape, scale=scale)
+    assert_accurate(Ops("cpu").attention(qkv), qkv)
+    assert calls == [shape]
+
+
+def test_rounded_scores_would_not_pass():
+    """What the accuracy rule is worth here: the attention that oneDNN Graph must not compute."""
+    qkv = random(2, 196, 3, 12, 64, scale=2)
+    q, k, v = (t.transpose(1, 2) for t in qkv.unbind(2))
+    rounded = ((q @ k.mT * 0.125).softmax(-1) @ v).transpose(1, 2).contiguous()
+    with pytest.raises(AssertionError, match="relative error"):
+        assert_accurate(rounded, qkv)
+
+
+def test_outputs_are_not_overwritten():
+    qkv = random(2, 9, 3, 4, 16)
+    first = Ops("cpu").attention(qkv)
+    kept = first.clone()
+    Ops("cpu").attention(-qkv)
+    assert torch.equal(first, kept)
+
+
+def test_nan_stays_in_its_head():
+    qkv = random(2, 9, 3, 4, 16)
+    qkv[1, 3, 1, 2] = float("nan")
+    out = Ops("cpu").attention(qkv)
+    assert out[1, :, 2].isnan().all()
+    assert out.isnan().sum() == out[1, :, 2].numel()
+
+
+def test_from_several_threads():
+    images = [random(1, n, 3, 4, 16) for n in (9, 9, 9, 10)] * 8
+    with ThreadPoolExecutor(4) as pool:
+        outputs = list(pool.map(Ops("cpu").attention, images))
+    for qkv, out in zip(images, outputs, strict=True):
+        assert_accurate(out, qkv)
+
+
+def test_another_number_of_threads(calls):
+    qkv, threads = random(2, 33, 3, 6, 16), torch.get_num_threads()
+    try:
+        for count in (1, 5, 6):
+            torch.set_num_threads(count)
+            assert_accurate(Ops("cpu").attention(qkv), qkv)
+    finally:
+        torch.set_num_threads(threads)
+    assert len(calls) == 2  # six threads would have two heads each
+
+
+@pytest.mark.parametrize("where", ["few heads", "many tokens", "fp32", "amx", "onednn"])
+def test_where_it_does_not_apply(where, calls, monkeypatch):
+    qkv = random(2, 9, 3, 4, 16)
+    if where == "few heads":
+        qkv = random(1, 9, 3, 1, 16)
+    elif where == "many tokens":
+        monkeypatch.setattr(onednn_graph, "_SCORES_BYTES", 4 * 9 * 9 - 1)
+    elif where == "fp32":
+        qkv = qkv.float()
+    elif where == "amx":
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    else:
+        monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert torch.equal(cpu.attention(qkv), plain.attention(qkv))
+    assert not calls
+
+
+def test_a_torch_that_cannot(calls, monkeypatch, caplog):
+    def cannot(graph):
+        raise RuntimeError("could not add op to the graph")  # torch 2.9's words
+
+    monkeypatch.setattr(torch._C, "_jit_to_static_module", cannot)
+    qkv = random(2, 9, 3, 4, 16)
+    with caplog.at_level(logging.INFO, "siglip_fast"):
+        for _ in range(2):
+            assert torch.equal(cpu.attention(qkv), plain.attention(qkv))
+    assert caplog.text.count("could not add op to the graph") == 1
+    assert not calls
+
+
+def test_a_onednn_that_rounds_the_scores(calls, monkeypatch, caplog):
+    make_type = onednn_graph._type
+    monkeypatch.setattr(onednn_graph, "_type", lambda dtype, *args: make_type("BFloat16", *args))
+    scale = torch.full
+
+    def full(*args, dtype, **kwargs):
+        return scale(*args, dtype=torch.bfloat16, **kwargs)
+
+    monkeypatch.setattr(torch, "full", full)
+    qkv = random(2, 9, 3, 4, 16)
+    with caplog.at_level(logging.INFO, "siglip_fast"):
+        assert torch.equal(cpu.attention(qkv), plain.attention(qkv))
+    assert "rounds the scores" in caplog.text
+    assert not calls
