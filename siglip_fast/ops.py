@@ -178,10 +178,12 @@ class Ops:
 
 def check_shape(name: str, tensor: Tensor, expected: tuple) -> None:
     """`expected` holds sizes, None for any size, and possibly a leading `...` for any dimensions."""
-    shape, sizes = tuple(tensor.shape), expected
+    shape, sizes = tensor.shape, expected
     if sizes[0] is ...:
         sizes = sizes[1:]
         shape = shape[-len(sizes) :]
+    if shape == sizes:  # mostly, and much faster than what follows
+        return
     if len(shape) != len(sizes) or any(e is not None and s != e for s, e in zip(shape, sizes, strict=True)):
         wanted = ", ".join("..." if e is ... else "any" if e is None else str(e) for e in expected)
         raise ValueError(f"{name}: expected shape [{wanted}], got {list(tensor.shape)}")
