@@ -21,8 +21,10 @@ def forward(
 
     `collect` is called with the residual stream `[B, N, D]` before the first layer and after each.
     """
-    images = max(1, ops.rows_at_once // len(position)) if ops.rows_at_once else len(pixel_values)
-    if len(pixel_values) > images and collect is None:
+    images, on_cpu = len(pixel_values), pixel_values.device.type == "cpu"
+    if on_cpu and collect is None and (rows := ops.rows_at_once):
+        images = max(1, rows // len(position))
+    if len(pixel_values) > images:
         parts = pixel_values.tensor_split(-(-len(pixel_values) // images))
         outputs = [_forward(ops, weights, part, position, _ignore) for part in parts]
         last_hidden_states, pooler_outputs = zip(*outputs, strict=True)

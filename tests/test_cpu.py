@@ -211,3 +211,13 @@ def test_large_batches_run_in_parts(ours, isa, monkeypatch):
         torch.testing.assert_close(actual, plain, atol=1e-5, rtol=0)
     monkeypatch.setattr(cpu, "rows_at_once", lambda: 1)
     assert ours(pixels).last_hidden_state.shape == whole.last_hidden_state.shape
+
+
+@torch.no_grad()
+def test_parts_without_a_head(isa, monkeypatch):
+    ours = drop_in(stock_model(SiglipVisionConfig(**TINY, vision_use_head=False)), backend="cpu")
+    pixels = torch.randn(5, 3, 24, 24)
+    monkeypatch.setattr(cpu, "rows_at_once", lambda: 30)
+    actual = ours(pixels)
+    assert actual.pooler_output is None
+    torch.testing.assert_close(actual.last_hidden_state, expected(ours, pixels), atol=1e-5, rtol=0)

@@ -7,27 +7,36 @@ import pytest
 import reference
 import torch
 from models import ONEDNN
+from torch._subclasses import FakeTensorMode
 from torch.nn import functional as F
 
 from siglip_fast.backends import cpu, onednn_graph
 from siglip_fast.backends import torch as plain
 from siglip_fast.ops import Ops
 
-HAS_BF16 = ONEDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-pytestmark = pytest.mark.skipif(not HAS_BF16, reason="oneDNN has no bf16 kernels for this CPU")
+HAS_BF16 = ONEDNN and torch.cpu._is_avx512_bf16_supported()
+KNOWN_TO = torch.torch_version.TorchVersion(torch.__version__) >= (2, 13)
+needs_bf16 = pytest.mark.skipif(not HAS_BF16, reason="a CPU without AVX-512 BF16")
+needs_graph = pytest.mark.skipif(
+    not (HAS_BF16 and onednn_graph._is_usable(torch.get_num_threads())),
+    reason="a CPU without AVX-512 BF16, or a torch whose oneDNN Graph lacks the attention",
+)
 
 
 @pytest.fixture(autouse=True)
 def a_process_of_its_own(monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # more would need more heads
     clear()
     yield
     clear()
+    torch.set_num_threads(threads)
 
 
 def clear():
     onednn_graph._is_usable.cache_clear()
-    onednn_graph._compiled.cache_clear()
+    onednn_graph._compiled.clear()
 
 
 @pytest.fixture
@@ -58,6 +67,7 @@ def assert_accurate(actual, qkv):
 
 
 @pytest.mark.parametrize("scale", [1, 2, 4])  # the scores' standard deviation is its square
+@needs_graph
 @pytest.mark.parametrize(
     "shape",
     [(2, 196, 3, 12, 64), (1, 729, 3, 16, 72), (3, 1, 3, 4, 64), (1, 65, 3, 4, 96), (5, 7, 3, 2, 8)],
@@ -78,6 +88,7 @@ def test_rounded_scores_would_not_pass():
         assert_accurate(rounded, qkv)
 
 
+@needs_graph
 def test_outputs_are_not_overwritten():
     qkv = random(2, 9, 3, 4, 16)
     first = Ops("cpu").attention(qkv)
@@ -86,6 +97,7 @@ def test_outputs_are_not_overwritten():
     assert torch.equal(first, kept)
 
 
+@needs_graph
 def test_nan_stays_in_its_head():
     qkv = random(2, 9, 3, 4, 16)
     qkv[1, 3, 1, 2] = float("nan")
@@ -94,6 +106,7 @@ def test_nan_stays_in_its_head():
     assert out.isnan().sum() == out[1, :, 2].numel()
 
 
+@needs_graph
 def test_from_several_threads():
     images = [random(1, n, 3, 4, 16) for n in (9, 9, 9, 10)] * 8
     with ThreadPoolExecutor(4) as pool:
@@ -102,26 +115,27 @@ def test_from_several_threads():
         assert_accurate(out, qkv)
 
 
+@needs_graph
 def test_another_number_of_threads(calls):
-    qkv, threads = random(2, 33, 3, 6, 16), torch.get_num_threads()
-    try:
-        for count in (1, 5, 6):
-            torch.set_num_threads(count)
-            assert_accurate(Ops("cpu").attention(qkv), qkv)
-    finally:
-        torch.set_num_threads(threads)
+    qkv = random(2, 33, 3, 6, 16)
+    for count in (1, 5, 6):
+        torch.set_num_threads(count)
+        assert_accurate(Ops("cpu").attention(qkv), qkv)
     assert len(calls) == 2  # six threads would have two heads each
 
 
-@pytest.mark.parametrize("where", ["few heads", "many tokens", "fp32", "amx", "onednn"])
+@needs_bf16
+@pytest.mark.parametrize("where", ["few heads", "many tokens", "fp32", "no bf16", "amx", "onednn"])
 def test_where_it_does_not_apply(where, calls, monkeypatch):
     qkv = random(2, 9, 3, 4, 16)
     if where == "few heads":
         qkv = random(1, 9, 3, 1, 16)
     elif where == "many tokens":
-        monkeypatch.setattr(onednn_graph, "_SCORES_BYTES", 4 * 9 * 9 - 1)
+        monkeypatch.setattr(onednn_graph, "_MOST_SCORES", 9 * 9 - 1)
     elif where == "fp32":
         qkv = qkv.float()
+    elif where == "no bf16":
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
     elif where == "amx":
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
     else:
@@ -130,9 +144,11 @@ def test_where_it_does_not_apply(where, calls, monkeypatch):
     assert not calls
 
 
-def test_a_torch_that_cannot(calls, monkeypatch, caplog):
+@needs_bf16
+@pytest.mark.parametrize("kind", [RuntimeError, TypeError])
+def test_a_torch_that_cannot(kind, calls, monkeypatch, caplog):
     def cannot(graph):
-        raise RuntimeError("could not add op to the graph")  # torch 2.9's words
+        raise kind("could not add op to the graph")  # torch 2.9's words
 
     monkeypatch.setattr(torch._C, "_jit_to_static_module", cannot)
     qkv = random(2, 9, 3, 4, 16)
@@ -143,6 +159,7 @@ def test_a_torch_that_cannot(calls, monkeypatch, caplog):
     assert not calls
 
 
+@needs_bf16
 def test_a_onednn_that_rounds_the_scores(calls, monkeypatch, caplog):
     make_type = onednn_graph._type
     monkeypatch.setattr(onednn_graph, "_type", lambda dtype, *args: make_type("BFloat16", *args))
@@ -156,4 +173,28 @@ def test_a_onednn_that_rounds_the_scores(calls, monkeypatch, caplog):
     with caplog.at_level(logging.INFO, "siglip_fast"):
         assert torch.equal(cpu.attention(qkv), plain.attention(qkv))
     assert "rounds the scores" in caplog.text
+    assert not calls
+
+
+@needs_bf16
+@pytest.mark.skipif(not KNOWN_TO, reason="a torch whose oneDNN Graph may lack the attention")
+def test_this_torch_can():
+    assert onednn_graph._is_usable(torch.get_num_threads())
+
+
+@needs_graph
+def test_so_many_shapes_and_no_more(calls, monkeypatch):
+    monkeypatch.setattr(onednn_graph, "_MOST_SHAPES", 3)  # the probe's among them
+    images = [random(2, n, 3, 4, 16) for n in (5, 6, 7, 5)]
+    for qkv in images:
+        assert_accurate(Ops("cpu").attention(qkv), qkv)
+    assert calls == [images[0].shape, images[1].shape, images[3].shape]
+
+
+@needs_graph
+def test_tensors_that_are_not_their_memory(calls):
+    qkv = random(2, 9, 3, 4, 16)
+    assert torch.equal(cpu.attention(torch._neg_view(qkv)), plain.attention(-qkv))
+    with FakeTensorMode() as mode:
+        assert cpu.attention(mode.from_tensor(qkv)).shape == (2, 9, 4, 16)
     assert not calls

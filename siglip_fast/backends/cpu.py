@@ -106,10 +106,15 @@ def layernorm_linear(hidden_states, moments, linear, gelu):
 
 
 def attention(qkv):
-    if qkv.dtype == torch.bfloat16 and _isa(qkv) == "AVX512" and not torch.cpu._is_amx_tile_supported():
+    if qkv.dtype == torch.bfloat16 and _isa(qkv) == "AVX512" and _multiplies_bf16():
         if fused := onednn_graph.attention_for(qkv):
             return fused(qkv)
     return plain.attention(qkv)
+
+
+def _multiplies_bf16() -> bool:
+    """Whether this CPU has instructions for bf16 that torch's attention makes nothing of, as it does of AMX."""
+    return torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported()
 
 
 def linear_residual(x, linear, residual):

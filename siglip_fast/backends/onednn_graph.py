@@ -7,6 +7,7 @@ as in torch's kernel, because the graph below says so (docs/decisions.md).
 
 import functools
 import logging
+import threading
 from collections.abc import Callable
 
 import torch
@@ -14,7 +15,11 @@ from torch import Tensor
 
 logger = logging.getLogger("siglip_fast")
 
-_SCORES_BYTES = 256 << 20  # in the scratchpads of all threads: 729 tokens on 126 of them, 4096 on 4
+_MOST_SCORES = 64 << 20  # of all threads together, 6 bytes each: 729 tokens on 126 threads, 4096 on 4
+_MOST_SHAPES = 64  # oneDNN keeps what it compiled to the end, up to 3 MB each
+
+_compiled: dict[tuple[int, ...], Callable[[Tensor], Tensor] | None] = {}
+_compiling = threading.Lock()
 
 
 def attention_for(qkv: Tensor) -> Callable[[Tensor], Tensor] | None:
@@ -22,9 +27,12 @@ def attention_for(qkv: Tensor) -> Callable[[Tensor], Tensor] | None:
     B, N, _, H, d = qkv.shape
     threads = torch.get_num_threads()
     # With fewer heads oneDNN has another kernel, for all heads at once. That is its rule, and its number.
-    if B * H <= 2 * threads or threads * N * N * 4 > _SCORES_BYTES:
+    if B * H <= 2 * threads or threads * N * N > _MOST_SCORES:
         return None
-    return _compiled(B, N, H, d, threads) if _is_usable(threads) else None
+    # It looks at memory only, of which other kinds of tensors may have none, or another sign.
+    if type(qkv) is not Tensor or qkv.is_neg():
+        return None
+    return _compiled_for(B, N, H, d, threads) if _is_usable(threads) else None
 
 
 @functools.cache
@@ -35,7 +43,7 @@ def _is_usable(threads: int) -> bool:
     queries[..., 0], queries[..., 1] = 64, 1
     keys[..., 0], keys[1, :, 1] = 32, 8
     values[1] = 1
-    attention = _compiled(1, 2, 2 * threads + 1, 64, threads)
+    attention = _compiled_for(1, 2, 2 * threads + 1, 64, threads)
     if attention is None:
         return False
     expected = torch.ones((), device="cpu").sigmoid()
@@ -45,24 +53,28 @@ def _is_usable(threads: int) -> bool:
     return True
 
 
-@functools.lru_cache(maxsize=64)
-def _compiled(B: int, N: int, H: int, d: int, threads: int) -> Callable[[Tensor], Tensor] | None:
-    """For so many threads it is compiled. None if that is not possible: torch calls all this internal.
+def _compiled_for(*shape: int) -> Callable[[Tensor], Tensor] | None:
+    """Of B, N, H, d and the number of threads, which decides on oneDNN's kernel; None if there is to be none."""
+    if shape not in _compiled:
+        with _compiling:
+            if shape not in _compiled and len(_compiled) < _MOST_SHAPES:
+                _compiled[shape] = _compile(*shape[:4])
+    return _compiled.get(shape)
 
-    Static Runtime computes one call at a time, and holds the GIL meanwhile.
-    """
+
+def _compile(B: int, N: int, H: int, d: int) -> Callable[[Tensor], Tensor] | None:
     scale = torch.full((1,), d**-0.5, dtype=torch.float32, device="cpu")
+    running = threading.Lock()  # Static Runtime computes one call at a time, and holds the GIL meanwhile
 
     def attention(qkv: Tensor) -> Tensor:
         q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))
-        return run(q, k.mT, v, scale).transpose(1, 2)
+        with running:
+            return run(q, k.mT, v, scale).transpose(1, 2)
 
     try:
         run = torch._C._jit_to_static_module(_graph(B, N, H, d))
-        attention(
-            torch.zeros(B, N, 3, H, d, dtype=torch.bfloat16, device="cpu")
-        )  # compiles at the first call
-    except (AttributeError, RuntimeError) as error:
+        attention(torch.zeros(B, N, 3, H, d, dtype=torch.bfloat16, device="cpu"))  # the first call compiles
+    except Exception as error:  # of any kind: torch calls all this internal
         logger.info("bf16 attention is torch's: oneDNN Graph does not compile it: %s", error)
         return None
     return attention
