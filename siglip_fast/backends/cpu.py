@@ -3,7 +3,8 @@
 With AVX-512 weights are reordered once into the blocked layout that oneDNN's linear kernel reads; bias, GELU-tanh and
 the residual are part of that kernel. With AVX2 alone torch's own GEMM is the faster one, except for a single image:
 there oneDNN's convolution kernel is (docs/decisions.md), on a second, reordered copy of the weights; GELU is our own.
-bf16 attention is oneDNN's where the CPU multiplies bf16. All else, and weights that `pack` leaves as they are, run as in plain torch.
+bf16 attention is oneDNN's where the CPU multiplies bf16. All else, and weights that `pack` leaves as they are, run as in
+plain torch.
 """
 
 import platform
