@@ -1,4 +1,4 @@
-"""bf16 attention by oneDNN Graph: where it applies, that its scores are not rounded, and what runs where it does not."""
+"""Attention by oneDNN Graph: where it applies, that its scores are not rounded, and what runs where it does not."""
 
 import logging
 from concurrent.futures import ThreadPoolExecutor
@@ -14,10 +14,11 @@ from siglip_fast.backends import torch as plain
 from siglip_fast.ops import Ops
 
 HAS_BF16 = ONEDNN and torch.cpu._is_avx512_bf16_supported()
+DTYPES = (torch.bfloat16, torch.float32)
 KNOWN_TO = torch.torch_version.TorchVersion(torch.__version__) >= (2, 13)
 needs_bf16 = pytest.mark.skipif(not HAS_BF16, reason="a CPU without AVX-512 BF16")
 needs_graph = pytest.mark.skipif(
-    not (HAS_BF16 and onednn_graph._is_usable(torch.get_num_threads())),
+    not (HAS_BF16 and all(onednn_graph._is_usable(dtype, torch.get_num_threads()) for dtype in DTYPES)),
     reason="a CPU without AVX-512 BF16, or a torch whose oneDNN Graph lacks the attention",
 )
 
@@ -53,9 +54,9 @@ def calls(monkeypatch):
     return shapes
 
 
-def random(*shape, scale=1.0):
+def random(*shape, scale=1.0, dtype=torch.bfloat16):
     torch.manual_seed(0)
-    return (torch.randn(shape) * scale).bfloat16()
+    return (torch.randn(shape) * scale).to(dtype)
 
 
 def assert_accurate(actual, qkv):
@@ -65,15 +66,31 @@ def assert_accurate(actual, qkv):
 
 @pytest.mark.parametrize("scale", [1, 2, 4])  # the scores' standard deviation is its square
 @needs_graph
-@pytest.mark.parametrize(
-    "shape",
-    [(2, 196, 3, 12, 64), (1, 729, 3, 16, 72), (3, 1, 3, 4, 64), (1, 65, 3, 4, 96), (5, 7, 3, 2, 8)],
-    ids=str,
-)
-def test_accuracy(shape, scale, calls):
-    qkv = random(*shape, scale=scale)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(2, 196, 3, 12, 64), (1, 729, 3, 16, 72), (1, 65, 3, 4, 96)], ids=str)
+def test_accuracy(shape, dtype, scale, calls):
+    qkv = random(*shape, scale=scale, dtype=dtype)
     assert_accurate(Ops("cpu").attention(qkv), qkv)
     assert calls == [shape]
+
+
+@needs_graph
+@pytest.mark.parametrize("shape", [(3, 1, 3, 4, 64), (5, 7, 3, 2, 8)], ids=str)
+def test_few_tokens(shape, calls):
+    qkv = random(*shape)
+    assert_accurate(Ops("cpu").attention(qkv), qkv)
+    assert calls == [shape]
+
+
+@needs_graph
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tokens, blocks", [(1031, 1), (1040, 5), (1280, 5)])  # 1031 is prime
+@pytest.mark.parametrize("images", [1, 3])
+def test_blocks_of_queries(images, tokens, blocks, dtype, calls):
+    assert onednn_graph._blocks(tokens) == blocks
+    qkv = random(images, tokens, 3, 3, 16, scale=2, dtype=dtype)
+    assert_accurate(Ops("cpu").attention(qkv), qkv)
+    assert calls == [qkv.shape]
 
 
 def test_rounded_scores_would_not_pass():
@@ -123,15 +140,32 @@ def test_another_number_of_threads(calls):
 
 
 @needs_bf16
-@pytest.mark.parametrize("where", ["few heads", "many tokens", "fp32", "no bf16", "amx", "onednn"])
+@pytest.mark.parametrize(
+    "where",
+    [
+        "few heads",
+        "no images",
+        "many tokens",
+        "few in fp32",
+        "many in fp32",
+        "fp16",
+        "no bf16",
+        "amx",
+        "onednn",
+    ],
+)
 def test_where_it_does_not_apply(where, calls, monkeypatch):
     qkv = random(2, 9, 3, 4, 16)
     if where == "few heads":
         qkv = random(1, 9, 3, 1, 16)
     elif where == "many tokens":
         monkeypatch.setattr(onednn_graph, "_MOST_SCORES", 9 * 9 - 1)
-    elif where == "fp32":
-        qkv = qkv.float()
+    elif where == "no images":
+        qkv = random(0, 1280, 3, 4, 16)
+    elif where in ("few in fp32", "many in fp32"):
+        qkv = random(2, 64 if where == "few in fp32" else 1297, 3, 2, 8, dtype=torch.float32)
+    elif where == "fp16":
+        qkv = qkv.half()
     elif where == "no bf16":
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
     elif where == "amx":
@@ -176,8 +210,9 @@ def test_a_onednn_that_rounds_the_scores(calls, monkeypatch, caplog):
 
 @needs_bf16
 @pytest.mark.skipif(not KNOWN_TO, reason="a torch whose oneDNN Graph may lack the attention")
-def test_this_torch_can():
-    assert onednn_graph._is_usable(torch.get_num_threads())
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_this_torch_can(dtype):
+    assert onednn_graph._is_usable(dtype, torch.get_num_threads())
 
 
 @needs_graph

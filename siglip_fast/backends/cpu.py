@@ -3,7 +3,7 @@
 With AVX-512 weights are reordered once into the blocked layout that oneDNN's linear kernel reads; bias, GELU-tanh and
 the residual are part of that kernel. With AVX2 alone torch's own GEMM is the faster one, except for a single image:
 there oneDNN's convolution kernel is (docs/decisions.md), on a second, reordered copy of the weights; GELU is our own.
-bf16 attention is oneDNN's where the CPU multiplies bf16. All else, and weights that `pack` leaves as they are, run as in
+Attention is oneDNN's on AMD's CPUs with AVX-512 BF16. All else, and weights that `pack` leaves as they are, run as in
 plain torch.
 """
 
@@ -107,14 +107,15 @@ def layernorm_linear(hidden_states, moments, linear, gelu):
 
 
 def attention(qkv):
-    if qkv.dtype == torch.bfloat16 and _isa(qkv) == "AVX512" and _multiplies_bf16():
+    if _isa(qkv) == "AVX512" and _is_slow_in_mkl():
         if fused := onednn_graph.attention_for(qkv):
             return fused(qkv)
     return plain.attention(qkv)
 
 
-def _multiplies_bf16() -> bool:
-    """Whether this CPU has instructions for bf16 that torch's attention makes nothing of, as it does of AMX."""
+def _is_slow_in_mkl() -> bool:
+    """Whether this CPU looks like AMD's with AVX-512 BF16 (Zen 4 and later), of which torch's attention, by MKL, makes
+    little. Intel's with bf16 have AMX, but for one generation."""
     return torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported()
 
 
