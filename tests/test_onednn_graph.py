@@ -13,19 +13,19 @@ from siglip_fast.backends import cpu, onednn_graph
 from siglip_fast.backends import torch as plain
 from siglip_fast.ops import Ops
 
-HAS_BF16 = ONEDNN and torch.cpu._is_avx512_bf16_supported()
+APPLIES = ONEDNN and cpu._is_slow_in_mkl()
 DTYPES = (torch.bfloat16, torch.float32)
 KNOWN_TO = torch.torch_version.TorchVersion(torch.__version__) >= (2, 13)
-needs_bf16 = pytest.mark.skipif(not HAS_BF16, reason="a CPU without AVX-512 BF16")
+needs_cpu = pytest.mark.skipif(not APPLIES, reason="not an AMD CPU with AVX-512 BF16")
 needs_graph = pytest.mark.skipif(
-    not (HAS_BF16 and all(onednn_graph._is_usable(dtype, torch.get_num_threads()) for dtype in DTYPES)),
-    reason="a CPU without AVX-512 BF16, or a torch whose oneDNN Graph lacks the attention",
+    not APPLIES
+    or not (KNOWN_TO or all(onednn_graph._is_usable(dtype, torch.get_num_threads()) for dtype in DTYPES)),
+    reason="not an AMD CPU with AVX-512 BF16, or a torch whose oneDNN Graph lacks the attention",
 )
 
 
 @pytest.fixture(autouse=True)
-def a_process_of_its_own(monkeypatch):
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+def a_process_of_its_own():
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # more would need more heads
     clear()
@@ -84,10 +84,8 @@ def test_few_tokens(shape, calls):
 
 @needs_graph
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("tokens, blocks", [(1031, 1), (1040, 5), (1280, 5)])  # 1031 is prime
-@pytest.mark.parametrize("images", [1, 3])
-def test_blocks_of_queries(images, tokens, blocks, dtype, calls):
-    assert onednn_graph._blocks(tokens) == blocks
+@pytest.mark.parametrize("images, tokens", [(1, 1040), (3, 1280)])
+def test_blocks_of_queries(images, tokens, dtype, calls):
     qkv = random(images, tokens, 3, 3, 16, scale=2, dtype=dtype)
     assert_accurate(Ops("cpu").attention(qkv), qkv)
     assert calls == [qkv.shape]
@@ -139,44 +137,65 @@ def test_another_number_of_threads(calls):
     assert len(calls) == 2  # six threads would have two heads each
 
 
-@needs_bf16
+BF16, FP32 = DTYPES
+
+
 @pytest.mark.parametrize(
-    "where",
+    "dtype, threads, B, N, H, images, blocks",
     [
-        "few heads",
-        "no images",
-        "many tokens",
-        "few in fp32",
-        "many in fp32",
-        "fp16",
-        "no bf16",
-        "amx",
-        "onednn",
+        (BF16, 1, 2, 196, 2, 2, 1),
+        (BF16, 2, 2, 196, 2, None, None),  # at most two heads a thread
+        (BF16, 1, 2, 1, 2, 2, 1),
+        (BF16, 1, 3, 1280, 1, 1, 5),
+        (BF16, 2, 1, 1280, 1, 1, 5),
+        (BF16, 3, 1, 1280, 1, None, None),
+        (BF16, 3, 7, 1280, 1, 7, 1),
+        (BF16, 3, 6, 1280, 1, None, None),
+        (BF16, 1, 0, 1280, 4, None, None),
+        (BF16, 64, 1, 4096, 16, 1, 16),
+        (BF16, 65, 1, 4096, 16, None, None),  # too many scores
+        (BF16, 1, 1, 8191, 16, 1, 1),
+        (BF16, 1, 1, 8209, 16, None, None),
+        (FP32, 1, 2, 64, 4, None, None),
+        (FP32, 1, 2, 65, 4, 2, 1),
+        (FP32, 1, 2, 1296, 4, 1, 6),
+        (FP32, 1, 2, 1297, 4, None, None),
+        (torch.float16, 1, 2, 196, 4, None, None),
     ],
 )
-def test_where_it_does_not_apply(where, calls, monkeypatch):
-    qkv = random(2, 9, 3, 4, 16)
-    if where == "few heads":
-        qkv = random(1, 9, 3, 1, 16)
-    elif where == "many tokens":
-        monkeypatch.setattr(onednn_graph, "_MOST_SCORES", 9 * 9 - 1)
-    elif where == "no images":
-        qkv = random(0, 1280, 3, 4, 16)
-    elif where in ("few in fp32", "many in fp32"):
-        qkv = random(2, 64 if where == "few in fp32" else 1297, 3, 2, 8, dtype=torch.float32)
-    elif where == "fp16":
-        qkv = qkv.half()
-    elif where == "no bf16":
+def test_where_it_applies(dtype, threads, B, N, H, images, blocks, monkeypatch):
+    asked = []
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "get_num_threads", lambda: threads)
+        patched.setattr(onednn_graph, "_is_usable", lambda *probe: probe == (dtype, threads))
+        patched.setattr(onednn_graph, "_compiled_for", lambda *shape: asked.append(shape) or torch.square)
+        attention = onednn_graph.attention_for(torch.empty(B, N, 3, H, 8, dtype=dtype))
+    assert (attention is None) == (images is None)
+    assert asked == ([] if images is None else [(dtype, images, N, blocks, H, 8, threads)])
+
+
+@pytest.mark.parametrize(
+    "tokens, blocks", [(1, 1), (1024, 1), (1025, 5), (1031, 1), (1152, 6), (1179, 9), (4096, 16)]
+)
+def test_blocks_have_128_to_256_queries(tokens, blocks):
+    assert onednn_graph._blocks(tokens) == blocks
+
+
+@needs_cpu
+@pytest.mark.parametrize("where", ["no bf16", "intel", "onednn"])
+def test_where_the_cpu_does_not_suit(where, calls, monkeypatch):
+    if where == "no bf16":
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    elif where == "amx":
-        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    elif where == "intel":
+        monkeypatch.setattr(cpu, "_is_amd", lambda: False)
     else:
         monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    qkv = random(2, 9, 3, 4, 16)
     assert torch.equal(cpu.attention(qkv), plain.attention(qkv))
     assert not calls
 
 
-@needs_bf16
+@needs_cpu
 @pytest.mark.parametrize("kind", [RuntimeError, TypeError])
 def test_a_torch_that_cannot(kind, calls, monkeypatch, caplog):
     def cannot(graph):
@@ -191,7 +210,7 @@ def test_a_torch_that_cannot(kind, calls, monkeypatch, caplog):
     assert not calls
 
 
-@needs_bf16
+@needs_cpu
 def test_a_onednn_that_rounds_the_scores(calls, monkeypatch, caplog):
     make_type = onednn_graph._type
     monkeypatch.setattr(onednn_graph, "_type", lambda dtype, *args: make_type("BFloat16", *args))
@@ -204,11 +223,11 @@ def test_a_onednn_that_rounds_the_scores(calls, monkeypatch, caplog):
     qkv = random(2, 9, 3, 4, 16)
     with caplog.at_level(logging.INFO, "siglip_fast"):
         assert torch.equal(cpu.attention(qkv), plain.attention(qkv))
-    assert "rounds the scores" in caplog.text
+    assert "does not compute what it should" in caplog.text
     assert not calls
 
 
-@needs_bf16
+@needs_cpu
 @pytest.mark.skipif(not KNOWN_TO, reason="a torch whose oneDNN Graph may lack the attention")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_this_torch_can(dtype):
@@ -218,10 +237,18 @@ def test_this_torch_can(dtype):
 @needs_graph
 def test_so_many_shapes_and_no_more(calls, monkeypatch):
     monkeypatch.setattr(onednn_graph, "_MOST_SHAPES", 3)  # the probe's among them
-    images = [random(2, n, 3, 4, 16) for n in (5, 6, 7, 5)]
-    for qkv in images:
+    batches = [random(2, n, 3, 4, 16) for n in (5, 6, 7, 1280, 5)]
+    for qkv in batches:
         assert_accurate(Ops("cpu").attention(qkv), qkv)
-    assert calls == [images[0].shape, images[1].shape, images[3].shape]
+    assert calls == [batches[0].shape, batches[1].shape, batches[4].shape]
+
+
+@needs_graph
+def test_both_dtypes_in_one_process(calls):
+    qkv = random(2, 70, 3, 4, 16)
+    for each in (qkv, qkv.float()):
+        assert_accurate(Ops("cpu").attention(each), each)
+    assert len(calls) == 2
 
 
 @needs_graph

@@ -7,7 +7,9 @@ Attention is oneDNN's on AMD's CPUs with AVX-512 BF16. All else, and weights tha
 plain torch.
 """
 
+import functools
 import platform
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -114,9 +116,17 @@ def attention(qkv):
 
 
 def _is_slow_in_mkl() -> bool:
-    """Whether this CPU looks like AMD's with AVX-512 BF16 (Zen 4 and later), of which torch's attention, by MKL, makes
-    little. Intel's with bf16 have AMX, but for one generation."""
-    return torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported()
+    """Whether torch's attention, which multiplies by MKL, has to do without this CPU's AVX-512 and bf16: AMD's."""
+    return torch.cpu._is_avx512_bf16_supported() and _is_amd()
+
+
+@functools.cache
+def _is_amd() -> bool:
+    try:
+        cpuinfo = Path("/proc/cpuinfo").read_text()
+    except OSError:  # not Linux
+        cpuinfo = platform.processor()
+    return "AuthenticAMD" in cpuinfo
 
 
 def linear_residual(x, linear, residual):
