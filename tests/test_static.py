@@ -90,7 +90,7 @@ def launches(operation):
     if operation == "patch_embed":
         for config in patch_embed.patch_embed_configs(dtype, "sm_90", N):
             pixels, position = empty(1, 3, 384, 384), empty(N, D)
-            yield lambda: patch_embed.patch_embed(pixels, empty(D, 588), empty(D), position, 14, config)
+            yield lambda: patch_embed.patch_embed(pixels, empty(D, 588), empty(D), position, 14, config=config)
     if operation == "attention":
         for config in attention_module.attention_configs(dtype, 72, "sm_90"):
             yield lambda: attention(empty(1, N, 3, H, 72), config)
