@@ -14,7 +14,7 @@ from siglip_fast.backends import torch as plain
 from siglip_fast.ops import Ops
 
 APPLIES = ONEDNN and cpu._is_slow_in_mkl()
-DTYPES = (torch.bfloat16, torch.float32)
+BF16, FP32 = DTYPES = torch.bfloat16, torch.float32
 KNOWN_TO = torch.torch_version.TorchVersion(torch.__version__) >= (2, 13)
 needs_cpu = pytest.mark.skipif(not APPLIES, reason="not an AMD CPU with AVX-512 BF16")
 needs_graph = pytest.mark.skipif(
@@ -135,9 +135,6 @@ def test_another_number_of_threads(calls):
         torch.set_num_threads(count)
         assert_accurate(Ops("cpu").attention(qkv), qkv)
     assert len(calls) == 2  # six threads would have two heads each
-
-
-BF16, FP32 = DTYPES
 
 
 @pytest.mark.parametrize(

@@ -15,9 +15,8 @@ from torch import Tensor
 
 logger = logging.getLogger("siglip_fast")
 
-_MOST_SCORES = (
-    64 << 20
-)  # of all threads together, 6 bytes each, in fp32 8: 729 tokens on 126 threads, 4096 on 64
+# Of all threads together, 6 bytes each, in fp32 8: 729 tokens on 126 threads, 4096 on 64.
+_MOST_SCORES = 64 << 20
 _MOST_SHAPES = 64  # oneDNN keeps what it compiled to the end, up to 3 MB each
 _FLOAT32_TOKENS = range(65, 1297)  # with fewer and with more torch's kernel is as fast or faster
 _TYPES = {torch.bfloat16: "BFloat16", torch.float32: "Float"}
@@ -61,7 +60,8 @@ def _blocks(N: int) -> int:
 
 @functools.cache
 def _is_usable(dtype: torch.dtype, threads: int) -> bool:
-    """Whether oneDNN computes what the graph says: bf16 has no 257, and scores of 256 and 257 would be equal."""
+    """Whether oneDNN computes what the graph says, in two blocks: bf16 has no 257, and rounded scores of 256 and 257
+    would be equal."""
     qkv = torch.zeros(1, 4, 3, 2 * threads + 1, 64, dtype=dtype, device="cpu")
     queries, keys, values = qkv[0].unbind(1)
     queries[..., 0], queries[..., 1] = 64, 1
