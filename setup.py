@@ -5,10 +5,10 @@ from setuptools import setup
 setup(
     packages=[
         "siglip_fast",
-        "siglip_fast.backends",
-        "siglip_fast.integrations",
-        "siglip_fast.tuning",
-        "siglip_fast.kernels",
+        *(
+            f"siglip_fast.{wing}"
+            for wing in ("backends", "cli", "feed", "integrations", "kernels", "models", "running", "tuning")
+        ),
     ],
     package_dir={"siglip_fast.kernels": "kernels"},
 )

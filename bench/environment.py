@@ -9,8 +9,8 @@ import peers
 import torch
 
 import siglip_fast
-from siglip_fast import selection
-from siglip_fast.info import version_of
+from siglip_fast.cli.info import version_of
+from siglip_fast.tuning import cache
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 _CLOCKS = {
@@ -35,7 +35,7 @@ def about(cpu: str) -> dict:
         "versions": versions,
         "revision": _revision(),
         "measured": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "tuned": [selection.Key.of(device).path().name] if peers.has_tuned(device) else [],
+        "tuned": [cache.Key.of(device).path().name] if peers.has_tuned(device) else [],
     }
 
 

@@ -11,11 +11,13 @@ from peers import Missing, configurations, has_tuned
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from siglip_fast import selection, tuning
 from siglip_fast.backends import select
-from siglip_fast.info import packed
+from siglip_fast.backends.choice import Choice
+from siglip_fast.cli.info import packed
+from siglip_fast.models.variants import config_for
+from siglip_fast.tuning import cases as tuning
+from siglip_fast.tuning.cache import Selection
 from siglip_fast.tuning.cases import inputs, plain_result
-from siglip_fast.variants import config_for
 
 BACKEND = {"cuda": "triton", "cpu": "cpu"}[DEVICE]
 # Those of tuning.cases, in its order; the head's GEMMs, of a row an image, are left out.
@@ -47,7 +49,7 @@ def candidates(case: Case, operation: str) -> dict[str, Callable[[], Call]]:
     def ours(tuned: bool) -> Call:
         if tuned and not has_tuned(torch.device(DEVICE)):
             raise Missing("nothing is tuned for this device (siglip-fast tune)")
-        backend = select.load(BACKEND)
+        backend = select.load(BACKEND, Selection.load)
         call = Call(getattr(backend, name), packed(arguments, backend, tokens=wanted.rows // case.batch_size))
         with configurations(tuned):  # settled at the first call
             call()
@@ -63,7 +65,7 @@ def candidates(case: Case, operation: str) -> dict[str, Callable[[], Call]]:
 
         found["siglip_fast, tuned"] = functools.partial(ours, True)
         for route in vendor.routes(name):
-            call = Call(functools.partial(run, wanted, selection.Choice(route)), (arguments,))
+            call = Call(functools.partial(run, wanted, Choice(route)), (arguments,))
             found[f"vendor: {route}"] = lambda call=call: call
     return found
 

@@ -17,7 +17,8 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from siglip_fast import SiglipVisionModel, selection
+from siglip_fast import SiglipVisionModel
+from siglip_fast.tuning import cache
 
 Forward = Callable[[], Tensor]
 
@@ -204,7 +205,7 @@ def configurations(tuned: bool) -> Iterator[None]:
 
 
 def has_tuned(device: torch.device) -> bool:
-    return device.type == "cuda" and bool(selection.read(selection.Key.of(device)))
+    return device.type == "cuda" and bool(cache.read(cache.Key.of(device)))
 
 
 _STOCK = {

@@ -15,7 +15,7 @@ from matmul_limit import flops, matmul_peak
 
 from siglip_fast import SiglipVisionModel, forward, ops
 from siglip_fast.backends.select import NAMES
-from siglip_fast.variants import VARIANTS, config_for
+from siglip_fast.models.variants import VARIANTS, config_for
 
 ROUNDS = 10
 
@@ -56,7 +56,8 @@ def main() -> None:
     runs: dict[str, list[float]] = defaultdict(list)
     with torch.no_grad():
         model(pixels)
-        weights, position = model._derived.weights, model._position(pixels, False)
+        weights = model._current().weights
+        position = model._tower.embeddings.position_embedding.weight
         for _ in range(ROUNDS):
             timed, start = Timed(arguments.backend), time.perf_counter()
             forward.forward(timed, weights, pixels, position)

@@ -15,7 +15,7 @@ import plots
 import results
 import tables
 
-from siglip_fast.sinks import atomic
+from siglip_fast.files import atomic
 
 
 def write(path: Path, text: str) -> None:

@@ -18,7 +18,7 @@ from matmul_limit import matmul_peak
 from peers import Missing
 from torch import Tensor
 
-from siglip_fast.loading import without_folders
+from siglip_fast.errors import without_folders
 
 OURS = "siglip_fast"  # the candidate that pytest-benchmark times, and whose names begin so
 LEAST_SECONDS = 0.05  # of a turn: several forwards where one is short

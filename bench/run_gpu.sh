@@ -70,11 +70,11 @@ interrupt() {
 }
 trap interrupt INT TERM
 
-cli=("$python" -c 'import sys; from siglip_fast.cli import main; sys.exit(main())')
+cli=("$python" -c 'import sys; from siglip_fast.cli.main import main; sys.exit(main())')
 tests() { # NAME LIMIT SELECTION FILE…: of those in tests/
     local name=$1 limit=$2 select=$3
     shift 3
-    stage "$name" "$limit" "$python" -m pytest -q "${@/#/$repo/tests/}" -k "$select" -m "$marked"
+    stage "$name" "$limit" "$python" -m pytest -q -n 0 "${@/#/$repo/tests/}" -k "$select" -m "$marked"
 }
 bench() { # NAME LIMIT
     stage "bench-$1" "$2" "$python" -m pytest -q -rs "$repo/bench/test_$1.py" --benchmark-json "$out/raw-$1.json"
@@ -104,9 +104,9 @@ row stage result seconds
 row --- --- ---
 stage info 60 "${cli[@]}" info --dtype $precision
 tests tests-kernels "${limits[0]}" "$kernels" \
-    test_{patch_embed,layernorm_linear,attention,linear_residual,layernorm,attention_pool,configs}.py
-tests tests-model "${limits[1]}" "$model" test_model.py test_weights.py
-tests tests-graphs-compile "${limits[2]}" "$compiled" test_graphs.py test_traced.py
+    kernels/test_{patch_embed,layernorm_linear,attention,linear_residual,layernorm,attention_pool,configs}.py
+tests tests-model "${limits[1]}" "$model" models/test_{siglip,weights}.py
+tests tests-graphs-compile "${limits[2]}" "$compiled" running/test_{graphs,traced}.py
 for variant in $tuned; do
     for dtype in $dtypes; do
         if [ -z "$gpu" ]; then row "tune-$variant-$dtype" "skipped: no GPU" 0; continue; fi

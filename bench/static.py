@@ -31,8 +31,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from siglip_fast.sinks import atomic
-from siglip_fast.variants import VARIANTS, config_for
+from siglip_fast.files import atomic
+from siglip_fast.models.variants import VARIANTS, config_for
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # What tells the specializations of a kernel apart: those of its constants that are no configuration.
@@ -101,8 +101,8 @@ def forward(name: str, dtype: torch.dtype, batch: int) -> None:
     from transformers import SiglipVisionModel
 
     from siglip_fast.forward import forward
+    from siglip_fast.models.weights import tower_weights
     from siglip_fast.ops import Ops
-    from siglip_fast.weights import _tower_weights
 
     config = config_for(name)
     layers, config.num_hidden_layers = config.num_hidden_layers, 1
@@ -112,7 +112,7 @@ def forward(name: str, dtype: torch.dtype, batch: int) -> None:
     tower = getattr(model, "vision_model", model)
     ops = Ops("triton")
     # Not Derived, which refuses meta parameters; in bf16 first, because fp16 would look at values.
-    weights = _tower_weights(tower, ops)
+    weights = tower_weights(tower, ops)
     weights = weights._replace(layers=weights.layers * layers)
     weights, position = tree_map(
         lambda x: x.to(dtype) if isinstance(x, torch.Tensor) and x.dtype == torch.bfloat16 else x,

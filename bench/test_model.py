@@ -15,7 +15,7 @@ import rounds
 import torch
 from matmul_limit import flops
 
-from siglip_fast.variants import config_for
+from siglip_fast.models.variants import config_for
 
 # Of the relative error against float32; what 16 bits cost stock too (its own error is in the JSON)
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.01}

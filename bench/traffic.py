@@ -47,11 +47,11 @@ from torch.utils._pytree import tree_leaves
 from transformers import SiglipVisionConfig
 from triton.runtime.jit import KernelInterface
 
+from siglip_fast.files import atomic
 from siglip_fast.forward import forward
+from siglip_fast.models.variants import VARIANTS, config_for
+from siglip_fast.models.weights import tower_weights
 from siglip_fast.ops import Ops
-from siglip_fast.sinks import atomic
-from siglip_fast.variants import VARIANTS, config_for
-from siglip_fast.weights import _tower_weights
 
 DEFAULT_VARIANTS = ("base-patch16-224", "base-patch16-384", "large-patch16-384",
                     "so400m-patch14-224", "so400m-patch14-384", "so400m-patch14-896")  # fmt: skip
@@ -155,7 +155,7 @@ def count_ours(config: SiglipVisionConfig, pixels: Tensor) -> Counter:
     tower = getattr(model, "vision_model", model)
     position = tower.embeddings.position_embedding.weight
     ops = Ops("triton")
-    weights = _tower_weights(tower, ops)  # not Derived, which refuses meta parameters
+    weights = tower_weights(tower, ops)  # not Derived, which refuses meta parameters
     with counting(_tensors((weights, position))) as counter:
         forward(ops, weights, pixels, position)
     return counter

@@ -1,6 +1,7 @@
 """What the GEMM kernels share: tile order, main loop, GELU-tanh, configurations, dot precision; the GPU at hand.
 
-Every GEMM here is `x[M, K] · w[N, K]ᵀ` with both operands contiguous along K and fp32 accumulation.
+Every GEMM here is `x[M, K] · w[N, K]ᵀ` with both operands contiguous along K and fp32 accumulation; x is rounded to w's
+dtype where that is another.
 
 A configuration is a tile (BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M), num_warps and num_stages, and where a kernel offers it
     TMA      read x and w through tensor descriptors (16-bit dtypes, sm_90 or newer; `gemm_operands` says when not)
@@ -84,7 +85,7 @@ def main_loop(
             w = tl.load(w_ptrs, mask=offs_k[:, None] < K - k, other=0.0)
         if shift is not None:
             x -= shift[:, None]
-        acc = tl.dot(x, w, acc, input_precision=INPUT_PRECISION)
+        acc = tl.dot(x.to(w.dtype), w, acc, input_precision=INPUT_PRECISION)
         if not TMA:
             x_ptrs += BLOCK_K
             w_ptrs += BLOCK_K

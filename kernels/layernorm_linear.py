@@ -7,7 +7,8 @@ residual stream, the normalisation is four instructions of the epilogue. c has t
 mean · c would not cancel what the mean contributes to x · W'ᵀ. In fp32, which has no rounding to hide behind and where
 TF32 would round x around its mean, the main loop runs on x − mean instead.
 
-x [M, K], W' [N, K], out [M, N] in bf16, fp16 or fp32; c, b' [N] and the row moments (see moments.py) in fp32.
+x [M, K], W' [N, K], out [M, N] in bf16, fp16 or fp32; c, b' [N] and the row moments (see moments.py) in fp32. Beside W'
+and out in 16 bits x may be fp32, as torch.autocast keeps it: then x − mean is what gets rounded.
 """
 
 import torch
@@ -43,6 +44,7 @@ def _layernorm_linear_kernel(
     eps,
     N: tl.constexpr,
     K: tl.constexpr,
+    CENTRED: tl.constexpr,
     GELU: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -56,8 +58,6 @@ def _layernorm_linear_kernel(
     columns = column + tl.arange(0, BLOCK_N)
     # [BLOCK_M]
     mean, rstd = read_moments(moments_ptr, rows, M, K, eps)
-    # In fp32 the mean is taken out before the product: after it, its rounding error would stay behind.
-    CENTRED: tl.constexpr = out_ptr.dtype.element_ty == tl.float32
     # [BLOCK_M, BLOCK_N]
     acc = main_loop(
         x_ptr, w_ptr, row, column, M, N, K, K, INPUT_PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
@@ -97,7 +97,7 @@ def layernorm_linear(
     """`[..., K]` → `[..., N]`."""
     N, K = weight.shape
     M = x.numel() // K
-    out = torch.empty((*x.shape[:-1], N), dtype=x.dtype, device=x.device)
+    out = torch.empty((*x.shape[:-1], N), dtype=weight.dtype, device=x.device)
     with device_guard(x):
         config = config or gemm_config(x.dtype, gpu_arch())
         x_operand, w_operand = gemm_operands(x, weight, config)
@@ -112,6 +112,8 @@ def layernorm_linear(
             eps,
             N=N,
             K=K,
+            # In fp32 the mean is taken out before the product: after it, its rounding error would stay behind.
+            CENTRED=x.dtype == torch.float32,
             GELU=gelu,
             INPUT_PRECISION=input_precision(x.dtype),
             **config,

@@ -2,7 +2,8 @@
 
     out = x · Wᵀ + b (+ residual)
 
-x [M, K], W [N, K], b [N], residual and out [M, N], all of one dtype (bf16, fp16 or fp32), rounded once at the end;
+x [M, K], W [N, K], b [N], residual and out [M, N], all of one dtype (bf16, fp16 or fp32), rounded once at the end, but
+residual and out may be fp32 beside 16 bits, as torch.autocast keeps them;
 moments fp32 [M, 2, ceil(N / 64)] of the rounded result (see moments.py). With SPLIT_K > 1 in the configuration, for
 so few rows that the tiles would not fill the GPU, the GEMM leaves fp32 sums over parts of K, and a second kernel
 (residual_epilogue.py) adds them up in order and does the rest: the same bits every time, which atomics do not give.
@@ -94,6 +95,7 @@ def linear_residual(
     """`[..., K]`, `[..., N]` → `[..., N]` and its moments."""
     N, K = weight.shape
     M = x.numel() // K
+    dtype = x.dtype if residual is None else residual.dtype
     with device_guard(x):
         config = config or gemm_config(x.dtype, gpu_arch())
         splits = config.get("SPLIT_K", 1)
@@ -101,7 +103,7 @@ def linear_residual(
             out = torch.empty((splits, *x.shape[:-1], N), dtype=torch.float32, device=x.device)
             moments = None
         else:
-            out = torch.empty((*x.shape[:-1], N), dtype=x.dtype, device=x.device)
+            out = torch.empty((*x.shape[:-1], N), dtype=dtype, device=x.device)
             moments = empty_moments(M, N, x.device)
         x_operand, w_operand = gemm_operands(x, weight, config)
         _linear_residual_kernel[gemm_grid(M, N, config)](
@@ -118,4 +120,4 @@ def linear_residual(
             INPUT_PRECISION=input_precision(x.dtype),
             **config,
         )
-    return residual_epilogue(out, bias, residual, x.dtype) if splits > 1 else (out, moments)
+    return residual_epilogue(out, bias, residual, dtype) if splits > 1 else (out, moments)

@@ -4,8 +4,8 @@
 
 pixel_values [B, C, H, W] of any float dtype and any strides (cast to the weights' dtype in registers, as the stock
 model casts before its convolution), or uint8, which stand for their value − 128: exact in every dtype, and around zero.
-W [D, C·p·p] is the convolution's weight, flattened; scale a number; bias [D], of W's dtype or fp32; position [N, D];
-tokens [B, N, D]. Pixels beyond the last whole patch are dropped. moments fp32 [B·N, 2, ceil(D / 64)] of the tokens.
+W [D, C·p·p] is the convolution's weight, flattened; scale a number; bias [D] and position [N, D], of W's dtype or fp32;
+tokens [B, N, D], of position's. Pixels beyond the last whole patch are dropped. moments fp32 [B·N, 2, ceil(D / 64)] of the tokens.
 """
 
 import torch
@@ -91,7 +91,7 @@ def patch_embed(
     D, K = weight.shape
     N = position.shape[0]
     stride_b, stride_c, stride_h, stride_w = pixel_values.stride()
-    out = torch.empty((B, N, D), dtype=weight.dtype, device=weight.device)
+    out = torch.empty((B, N, D), dtype=position.dtype, device=weight.device)
     moments = empty_moments(B * N, D, weight.device)
     with device_guard(pixel_values):
         config = config or gemm_config(weight.dtype, gpu_arch())

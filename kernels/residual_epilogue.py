@@ -2,7 +2,7 @@
 
     out = Σₛ partials[s] (+ b) (+ residual)        summed in fp32, in the order of s
 
-partials [S, M, N] in bf16, fp16 or fp32, b [N], residual and out [M, N] in one dtype out of these; moments fp32
+partials [S, M, N], b [N], residual and out [M, N] in bf16, fp16 or fp32; moments fp32
 [M, 2, ceil(N / 64)] of the rounded result (see moments.py). S > 1 fp32 partials are those of a split-K GEMM
 (linear_residual.py); a vendor's GEMM leaves one, `y[None]`, and with this kernel behind it keeps the contract of
 linear_residual. One read of everything and one write.

@@ -5,12 +5,12 @@ import importlib
 __version__ = "0.1.0"
 
 _HOMES = {
-    "SiglipVisionModel": "model",
-    "apply_to": "swap",
-    "restore": "swap",
-    "towers": "swap",
-    "register": "swap",
-    "unregister": "swap",
+    "SiglipVisionModel": "models.siglip",
+    "apply_to": "models.swap",
+    "restore": "models.swap",
+    "towers": "models.swap",
+    "register": "models.swap",
+    "unregister": "models.swap",
 }
 __all__ = [*_HOMES]
 

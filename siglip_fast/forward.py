@@ -1,22 +1,49 @@
-"""The forward pass of the SigLIP vision tower, on the six operations."""
+"""The forward pass of the SigLIP vision tower, on the six operations, and the weights that it takes."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .ops import NormedLinear, Ops
-from .weights import TowerWeights
+from .ops import Linear, Norm, NormedLinear, Ops, PatchEmbedding, Pool
 
 
+class LayerWeights(NamedTuple):
+    qkv: NormedLinear
+    out_proj: Linear
+    fc1: NormedLinear
+    fc2: Linear
+
+
+class HeadWeights(NamedTuple):
+    pool: Pool
+    out_proj: Linear
+    fc1: NormedLinear
+    fc2: Linear
+
+
+class TowerWeights(NamedTuple):
+    patch: PatchEmbedding
+    layers: list[LayerWeights]
+    post_layernorm: Norm | None  # None: what the last layer gives is the last hidden state
+    head: HeadWeights | None
+    num_heads: int
+    exact_gelu: bool  # by erf, in the place of the tanh form
+
+
+Outputs = tuple[Tensor, Tensor | None]  # last_hidden_state [B, N, D], pooler_output [B, D]
+
+
+@torch.no_grad()
 def forward(
     ops: Ops,
     weights: TowerWeights,
     pixel_values: Tensor,
     position: Tensor,
     collect: Callable[[Tensor], None] | None = None,
-) -> tuple[Tensor, Tensor | None]:
+) -> Outputs:
     """`pixel_values [B, C, H, W]`, `position [N, D]` → `last_hidden_state [B, N, D]`, `pooler_output [B, D]`.
 
     `collect` is called with the residual stream `[B, N, D]` before the first layer and after each.
@@ -32,13 +59,20 @@ def forward(
     return _forward(ops, weights, pixel_values, position, collect or _ignore)
 
 
+def forward_in_autocast(ops: Ops, weights: TowerWeights, pixel_values: Tensor, *args, **kwargs) -> Outputs:
+    """`forward` inside torch.autocast, on weights of its dtype. As there the residual stream, which takes the dtype of
+    `position`, and last_hidden_state are float32; pooler_output, which linears compute, has autocast's dtype."""
+    with torch.autocast(pixel_values.device.type, enabled=False):  # the operations choose their own dtypes
+        return forward(ops, weights, pixel_values, *args, **kwargs)
+
+
 def _forward(
     ops: Ops,
     weights: TowerWeights,
     pixel_values: Tensor,
     position: Tensor,
     collect: Callable[[Tensor], None],
-) -> tuple[Tensor, Tensor | None]:
+) -> Outputs:
     x, m = ops.patch_embed(pixel_values, weights.patch, position)
     collect(x)
     for layer in weights.layers:
@@ -52,7 +86,8 @@ def _forward(
     if weights.head is None:
         return y, None
     head = weights.head
-    x, m = ops.linear_residual(ops.attention_pool(y, head.pool), head.out_proj, None)
+    pooled = ops.attention_pool(y.to(head.pool.value.weight.dtype), head.pool)
+    x, m = ops.linear_residual(pooled, head.out_proj, None)
     h = _fc1(ops, x, m, head.fc1, weights.exact_gelu)
     p, _ = ops.linear_residual(h, head.fc2, x)
     return y, p

@@ -1,7 +1,8 @@
 """The six operations of the SigLIP vision tower: their contracts, checked here once for every backend.
 
 B images, N tokens each, D hidden_size, H heads of head_dim d = D / H, p patch size. Every tensor of a call is on one
-device and of one dtype out of bfloat16, float16 and float32, except where float32 is stated. Activations that are
+device and of one dtype out of bfloat16, float16 and float32, except where float32 is stated. The residual stream
+(`hidden_states`, `residual`, and `position`, which begins it) may be float32 beside 16 bits, as torch.autocast has it. Activations that are
 not contiguous are copied, weights have to be contiguous. Outputs are contiguous. There are no gradients. A contract
 that is not met raises ValueError (shape) or TypeError (dtype, device), naming the argument, what it is and what was
 expected.
@@ -11,6 +12,7 @@ expected.
 whose LayerNorm reads the rows. They belong to the hidden_states that they were returned with.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -23,7 +25,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 class PatchEmbedding(NamedTuple):
     """`weight [D, C·p·p]` (a Conv2d's, flattened), `bias [D]`; for uint8 pixels the bias is float32 and the products
-    are multiplied by `scale` (`siglip_fast.uint8`). `packed` is the backend's own (`Ops.pack`), here and below."""
+    are multiplied by `scale` (`siglip_fast.running.uint8`). `packed` is the backend's own (`Ops.pack`), here and below."""
 
     weight: Tensor
     bias: Tensor
@@ -70,11 +72,15 @@ AnyLinear = TypeVar("AnyLinear", PatchEmbedding, Linear, NormedLinear)
 
 
 class Ops:
-    """The operations on one backend: `Ops("torch")`, `Ops("cpu")` or `Ops("triton")`."""
+    """The operations on one backend: `Ops("torch")`, `Ops("cpu")` or `Ops("triton")`.
 
-    def __init__(self, backend: str):
+    `selection_on` gives the choices for a device (`siglip_fast.tuning.cache.Selection.load`): the triton backend follows
+    them; without, every operation runs on its default.
+    """
+
+    def __init__(self, backend: str, selection_on: Callable[[torch.device], Any] | None = None):
         self.backend = backend
-        self._module = load(backend)
+        self._module = load(backend, selection_on)
         self._carries_moments = backend == "triton"
         self.reads_uint8 = backend == "triton"
 
@@ -95,7 +101,7 @@ class Ops:
 
         pixel_values `[B, C, H, W]`, any floating dtype and strides, or, where the backend reads_uint8, uint8, which
         stand for their value − 128 (only then is scale other than 1, and bias float32); position `[N, D]` with
-        N = (H // p)·(W // p). Returns `[B, N, D]` in the weights' dtype. Dosovitskiy et al. 2021, eq. 1.
+        N = (H // p)·(W // p). Returns `[B, N, D]` in position's dtype. Dosovitskiy et al. 2021, eq. 1.
         """
         D, K = patch.weight.shape
         p = patch.patch_size
@@ -108,21 +114,21 @@ class Ops:
         check_shape("position", position, (tokens, D))
         if is_uint8:
             _check_float32("bias", patch.bias, (D,))
-            _check_like("patch.weight", patch.weight, position=position)
         else:
             check_shape("bias", patch.bias, (D,))
-            _check_like("patch.weight", patch.weight, position=position, bias=patch.bias)
+            _check_like("bias", patch.bias, weight=patch.weight)
+        _check_stream("position", position, patch.weight)
         return self._module.patch_embed(pixel_values.resolve_neg(), patch, position)
 
     def layernorm_linear(
         self, hidden_states: Tensor, moments: Tensor | None, linear: NormedLinear, gelu: bool = False
     ) -> Tensor:
-        """`LayerNorm(x)·Wᵀ + b`, then GELU-tanh if asked: `[..., in]` → `[..., out]`.
+        """`LayerNorm(x)·Wᵀ + b`, then GELU-tanh if asked: `[..., in]` → `[..., out]` in the weights' dtype.
 
         Ba, Kiros & Hinton 2016 (LayerNorm); Hendrycks & Gimpel 2016 (GELU, tanh form).
         """
         check_shape("hidden_states", hidden_states, (..., linear.weight.shape[1]))
-        _check_like("hidden_states", hidden_states, weight=linear.weight)
+        _check_stream("hidden_states", hidden_states, linear.weight)
         for name in ("colsum", "bias"):
             _check_float32(name, getattr(linear, name), (linear.weight.shape[0],))
         self._check_moments(moments, hidden_states)
@@ -137,14 +143,14 @@ class Ops:
     def linear_residual(
         self, x: Tensor, linear: Linear, residual: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        """`x·Wᵀ + b + residual` and the moments of the result: `[..., in]`, `[..., out]` → `[..., out]`."""
+        """`x·Wᵀ + b + residual` and the moments of the result: `[..., in]`, `[..., out]` → `[..., out]` in residual's dtype."""
         check_shape("x", x, (..., linear.weight.shape[1]))
         check_shape("bias", linear.bias, (linear.weight.shape[0],))
         _check_like("x", x, weight=linear.weight, bias=linear.bias)
         if residual is not None:
             residual = residual.contiguous()
             check_shape("residual", residual, (*x.shape[:-1], linear.weight.shape[0]))
-            _check_like("x", x, residual=residual)
+            _check_stream("residual", residual, x)
         return self._module.linear_residual(x.contiguous(), linear, residual)
 
     def layernorm(self, hidden_states: Tensor, moments: Tensor | None, norm: Norm) -> Tensor:
@@ -193,6 +199,16 @@ def _check_float32(name: str, tensor: Tensor, shape: tuple) -> None:
     check_shape(name, tensor, shape)
     if tensor.dtype != torch.float32 or not tensor.is_contiguous():
         raise TypeError(f"{name}: expected contiguous float32, got {tensor.dtype}, strides {tensor.stride()}")
+
+
+def _check_stream(name: str, stream: Tensor, weight: Tensor) -> None:
+    """The residual stream has the dtype of the weights beside it, or float32."""
+    _check_like("weight", weight)
+    if stream.dtype not in (weight.dtype, torch.float32) or stream.device != weight.device:
+        dtypes = " or ".join({str(weight.dtype): 0, "torch.float32": 0})
+        raise TypeError(
+            f"{name}: expected {dtypes} on {weight.device} as weight is, got {stream.dtype} on {stream.device}"
+        )
 
 
 def _check_like(name: str, tensor: Tensor, **others: Tensor) -> None:

@@ -1,18 +1,14 @@
-"""Where Triton runs in this session, and what every test gets: NaN in memory that nobody wrote."""
+"""What every test gets: NaN in memory that nobody wrote, weights packed whatever the CPU, nothing logged before."""
 
 import os
 import sys
 
 import pytest
 import torch
+from device import DEVICE, ON_GPU
+from tiers import is_for_gate
 
 os.environ.pop("PYTEST_ADDOPTS", None)  # is for this pytest, not for those that tests start
-
-# A GPU, or ttsem, which says of every tensor that it is on one.
-ON_GPU = torch.cuda.is_available() or torch.empty(0).is_cuda
-DEVICE = "cuda" if ON_GPU else "cpu"
-if not ON_GPU:
-    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton
 
 torch.backends.cudnn.allow_tf32 = False  # stock's convolution would be good for 1e-3 only
 
@@ -20,6 +16,13 @@ with torch.device("meta"):
     torch.empty(
         0
     )  # torch lists the functions that a device context concerns now, and not while one is replaced below
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m looks at the markers
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if is_for_gate(item.nodeid):
+            item.add_marker("gate")
 
 
 @pytest.fixture
@@ -50,8 +53,8 @@ def interpreter_has_no_bf16(request):
 @pytest.fixture(autouse=True)
 def nothing_was_logged_before():
     """A reason is logged once a process; a test should not depend on those before it."""
-    if "siglip_fast.fused" in sys.modules:
-        sys.modules["siglip_fast.fused"]._logged.clear()
+    if "siglip_fast.models.base" in sys.modules:
+        sys.modules["siglip_fast.models.base"]._logged.clear()
 
 
 @pytest.fixture(autouse=True)

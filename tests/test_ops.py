@@ -43,7 +43,7 @@ BREACHES = {
     "normed-dtype": (
         lambda ops: ops.layernorm_linear(tensor(5, 32, dtype=half), None, normed),
         TypeError,
-        "weight: expected torch.float16 on cpu as hidden_states is, got torch.float32 on cpu",
+        "hidden_states: expected torch.float32 on cpu as weight is, got torch.float16 on cpu",
     ),
     "float64": (
         lambda ops: ops.attention(tensor(1, 5, 3, 2, 16, dtype=torch.float64)),

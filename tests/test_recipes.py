@@ -179,7 +179,7 @@ def test_embed_lines(line, checkpoints, tmp_path):
     parquet.write_table(
         pa.table({"path": ["a", "b", "c"], "image": encoded}), tmp_path / "data" / "x.parquet"
     )
-    script = "import sys; from siglip_fast.cli import main; sys.exit(main(sys.argv[1:]))"
+    script = "import sys; from siglip_fast.cli.main import main; sys.exit(main(sys.argv[1:]))"
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"HF_HUB_OFFLINE": "1"}
     subprocess.run(
         [sys.executable, "-c", script, *shlex.split(line)[1:]], cwd=tmp_path, env=environment, check=True

@@ -98,13 +98,14 @@ def patch_embed(pixel_values, patch, position):
     if _is_plain(patch):
         return plain.patch_embed(pixel_values, patch, position)
     patches = plain.flat_patches(pixel_values.to(patch.weight.dtype), patch.patch_size)
-    return _linear(patches, patch).add_(position), None
+    tokens = _linear(patches, patch)
+    return (tokens.add_ if tokens.dtype == position.dtype else tokens.add)(position), None
 
 
 def layernorm_linear(hidden_states, moments, linear, gelu):
     if _is_plain(linear):
         return plain.layernorm_linear(hidden_states, moments, linear, gelu)
-    normed = F.layer_norm(hidden_states, hidden_states.shape[-1:], eps=linear.eps)
+    normed = F.layer_norm(hidden_states, hidden_states.shape[-1:], eps=linear.eps).to(linear.weight.dtype)
     return _linear(normed, linear._replace(bias=linear.bias.to(normed.dtype)), gelu)
 
 
@@ -132,6 +133,8 @@ def _is_amd() -> bool:
 def linear_residual(x, linear, residual):
     if _is_plain(linear):
         return plain.linear_residual(x, linear, residual)
+    if residual is not None and residual.dtype != x.dtype:
+        return _linear(x, linear) + residual, None
     return _linear(x, linear, residual=residual), None
 
 

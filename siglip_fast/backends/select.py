@@ -11,7 +11,7 @@ import functools
 import importlib
 import importlib.util
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -35,10 +35,10 @@ def backend_for(name: str, device: torch.device) -> tuple[str | None, str | None
     return name, None
 
 
-def load(name: str) -> Any:
+def load(name: str, selection_on: Callable | None = None) -> Any:
     """What implements the operations for a backend's name: a module, or an object with the same functions."""
     module = importlib.import_module(f"siglip_fast.backends.{name}")
-    return module.Backend() if name == "triton" else module
+    return module.Backend(selection_on) if name == "triton" else module
 
 
 _launching = threading.local()

@@ -27,8 +27,9 @@ def flat_patches(pixel_values: Tensor, p: int) -> Tensor:
 
 
 def layernorm_linear(hidden_states, moments, linear, gelu):
-    normed = F.layer_norm(hidden_states, hidden_states.shape[-1:], eps=linear.eps)
-    out = F.linear(normed, linear.weight, linear.bias.to(hidden_states.dtype))
+    dtype = linear.weight.dtype
+    normed = F.layer_norm(hidden_states, hidden_states.shape[-1:], eps=linear.eps).to(dtype)
+    out = F.linear(normed, linear.weight, linear.bias.to(dtype))
     return F.gelu(out, approximate="tanh") if gelu else out
 
 

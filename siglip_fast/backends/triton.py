@@ -1,8 +1,10 @@
 """The operations on the fused Triton kernels, or by the vendor's route where that was measured to be the faster one.
 
-Contracts are in `siglip_fast.ops`. The functions run the choice they are given; `Backend` takes it from
-`siglip_fast.selection`.
+Contracts are in `siglip_fast.ops`. The functions run the choice they are given; `Backend` asks for it.
 """
+
+from collections.abc import Callable
+from typing import Protocol
 
 import torch
 
@@ -13,8 +15,8 @@ from siglip_fast.kernels.layernorm_linear import layernorm_linear as _layernorm_
 from siglip_fast.kernels.linear_residual import linear_residual as _linear_residual
 from siglip_fast.kernels.patch_embed import patch_embed as _patch_embed
 
-from ..selection import Choice, Selection
 from . import vendor
+from .choice import DEFAULT, Choice
 from .select import is_for_graph
 from .torch import pack
 
@@ -65,12 +67,21 @@ def _fitting(config: dict | None, *operands: torch.Tensor) -> dict | None:
     return config
 
 
+class Selection(Protocol):
+    """The choices for one device, such as `siglip_fast.tuning.cache.Selection`."""
+
+    def choice(
+        self, name: str, dims: tuple[int, ...], dtype: torch.dtype, rows: int, launch: str
+    ) -> Choice: ...
+
+
 class Backend:
-    """The operations, each as measured on its tensors' device for its shape, or by default."""
+    """The operations, each as `selection_on` its tensors' device says for its shape; without one, by default."""
 
     pack = staticmethod(pack)
 
-    def __init__(self):
+    def __init__(self, selection_on: Callable[[torch.device], Selection] | None = None):
+        self._selection_on = selection_on
         self._selections: dict[torch.device, Selection] = {}  # loaded when a device is first met
 
     def patch_embed(self, pixel_values, patch, position):
@@ -104,8 +115,10 @@ class Backend:
         return attention_pool(choice, hidden_states, pool)
 
     def _choice(self, name: str, dims: tuple[int, ...], tensor: torch.Tensor, rows: int) -> Choice:
+        if self._selection_on is None:
+            return DEFAULT
         selection = self._selections.get(tensor.device)
         if selection is None:
-            selection = self._selections[tensor.device] = Selection.load(tensor.device)
+            selection = self._selections[tensor.device] = self._selection_on(tensor.device)
         launch = "graph" if is_for_graph() else "eager"
         return selection.choice(name, dims, tensor.dtype, rows, launch)

@@ -33,13 +33,14 @@ def routes(operation: str) -> list[str]:
 
 def patch_embed(pixel_values, patch, position):
     out, _ = plain.patch_embed(pixel_values, patch, position)
-    return residual_epilogue(out[None], None, None, out.dtype)
+    return residual_epilogue(out[None], None, None, position.dtype)
 
 
 def layernorm_linear(hidden_states, moments, linear, gelu):
     if not (gelu and hidden_states.is_cuda):
         return plain.layernorm_linear(hidden_states, moments, linear, gelu)
     normed = F.layer_norm(hidden_states, hidden_states.shape[-1:], eps=linear.eps).flatten(0, -2)
+    normed = normed.to(linear.weight.dtype)
     # The epilogue of cuBLASLt is GELU-tanh; on a CPU this function is GELU-erf.
     out = torch._addmm_activation(linear.bias.to(normed.dtype), normed, linear.weight.T, use_gelu=True)
     return out.unflatten(0, hidden_states.shape[:-1])
@@ -47,7 +48,7 @@ def layernorm_linear(hidden_states, moments, linear, gelu):
 
 def linear_residual(x, linear, residual):
     out = F.linear(x, linear.weight, linear.bias)
-    return residual_epilogue(out[None], None, residual, out.dtype)
+    return residual_epilogue(out[None], None, residual, out.dtype if residual is None else residual.dtype)
 
 
 def attention(qkv, route):

@@ -8,9 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..embed import IMAGES, PARQUET, find_files
-from ..loading import UserError, first_line, load_config
-from ..sinks import ROW_GROUP, atomic
+from ..errors import UserError, first_line
+from ..feed.loading import load_config
+from ..feed.paths import IMAGES, PARQUET, find_files
+from ..feed.sinks import ROW_GROUP
+from ..files import atomic
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -164,7 +166,11 @@ class Folder:
         return f"part-{part['index']:06d}.parquet"
 
     def refuse_if_foreign(self) -> None:
-        """Raises UserError if the path is a file, or a folder with something else in it."""
+        """Raises UserError if the path is a file, looks like one, or is a folder with something else in it."""
+        if self.path.suffix in (".parquet", ".npy"):
+            raise UserError(
+                f"--out {self.path.name}: with --ray it names a folder, so without {self.path.suffix}"
+            )
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"{self.path} is a file; --out with --ray names a folder")
         if self.path.is_dir() and any(self.path.iterdir()) and not (self.path / SETTINGS).exists():
@@ -181,16 +187,23 @@ class Folder:
             for file in [*self.path.glob("part-*.parquet"), *(self.path / ERRORS).glob("part-*.parquet")]:
                 file.unlink()
         elif earlier.exists():
-            before = json.loads(earlier.read_text())
-            for key in [key for key in settings if settings[key] != before.get(key)]:
-                change = (
-                    "other inputs" if key == "inputs" else f"{key} {before.get(key)!r}, not {settings[key]!r}"
-                )
-                raise UserError(f"{self.path} is of a run with {change}; name another folder, or --force")
+            self.refuse_if_of(settings)
         (self.path / ERRORS).mkdir(parents=True, exist_ok=True)
         self.remove_temporaries()
         with atomic(earlier) as file:
             file.write(json.dumps(settings, indent=2).encode())
+
+    def refuse_if_of(self, settings: dict[str, Any]) -> None:
+        """Raises UserError if the earlier run had other settings or inputs; one that is None may be any."""
+        before = json.loads((self.path / SETTINGS).read_text())
+        for key, value in settings.items():
+            if value is not None and value != before.get(key):
+                change = "other inputs" if key == "inputs" else f"{key} {before.get(key)!r}, not {value!r}"
+                raise UserError(f"{self.path} is of a run with {change}; name another folder, or --force")
+
+    def todo(self) -> list[dict]:
+        """The parts that are not there."""
+        return [part for part in self.parts if not (self.path / self.name(part)).exists()]
 
     def remove_temporaries(self) -> None:
         """What workers left that were killed."""

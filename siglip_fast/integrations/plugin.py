@@ -5,7 +5,7 @@ import logging
 import os
 from collections.abc import Callable
 
-from ..loading import typed_line
+from ..errors import typed_line
 
 SWITCH = "SIGLIP_FAST_PLUGIN"
 

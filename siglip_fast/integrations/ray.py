@@ -12,15 +12,19 @@ import contextlib
 import json
 import logging
 import os
+import signal
+import threading
 import time
 from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..embed import Encoder, embeddings
-from ..loading import UserError, first_line
-from ..sinks import ParquetSink, atomic
+from ..errors import UserError, first_line
+from ..feed.encoder import Encoder, embeddings
+from ..feed.loading import warn_of_random_weights
+from ..feed.sinks import ParquetSink
+from ..files import atomic
 from .parts import ERRORS, Folder, encoded, find_parts, read_rows, settings_of
 
 if TYPE_CHECKING:
@@ -110,31 +114,41 @@ def _text(value: Any) -> str | None:
 
 def run(args: Namespace) -> int:
     """The subcommand with --ray: embeds `args.paths` into the folder `args.out`, and returns the exit status."""
-    ray = _import_ray()
     parts, repeated = find_parts(args)
     args = _for_workers(args)
     folder = Folder(Path(args.out), parts)
     folder.refuse_if_foreign()
+    notes = f", {repeated} repeated paths left out" * bool(repeated)
+    if not (args.force or folder.todo()):
+        folder.refuse_if_of(settings_of(args, parts))  # but for a dtype that only Ray's devices would decide
+        return _told(folder, f"{notes}; nothing was left to do")
+    ray = _import_ray()
+    if args.random_weights:
+        warn_of_random_weights(args.random_weights, args.seed)
     with _session(args.ray_address):
         resources = _place(args)
         folder.prepare(settings_of(args, parts), args.force)
-        finished = set(os.listdir(folder.path))
-        todo = [part for part in parts if folder.name(part) not in finished]
+        todo = folder.todo()
         start = time.perf_counter()
         try:
             routes = _process(ray, args, todo, folder, resources)
         finally:
             folder.remove_temporaries()
         seconds = time.perf_counter() - start
+    now = sum(part["rows"] for part in todo)
+    status = _told(folder, f"{notes}; {now} of them in this run, {now / seconds:.1f} images/s")
+    for route in sorted(routes):
+        print(f"ran on: {route} ({args.dtype} on {args.device}, {resources['actors']} workers)")
+    return status
+
+
+def _told(folder: Folder, notes: str) -> int:
+    """Prints what the folder holds, and returns the exit status."""
     embedded, skipped = folder.count()
     if not embedded:
         raise UserError(f"none of the {skipped} images could be used; {folder.path / ERRORS} tells why")
-    notes = f", {skipped} skipped" * bool(skipped) + f", {repeated} repeated paths left out" * bool(repeated)
-    now = sum(part["rows"] for part in todo)
-    print(f"{embedded} images embedded{notes}; {now} of them in this run, {now / seconds:.1f} images/s")
+    print(f"{embedded} images embedded" + f", {skipped} skipped" * bool(skipped) + notes)
     print(f"written: {folder.path}" + f"; skipped ones: {folder.path / ERRORS}" * bool(skipped))
-    for route in sorted(routes):
-        print(f"ran on: {route} ({args.dtype} on {args.device}, {resources['actors']} workers)")
     return 1 if skipped else 0
 
 
@@ -143,7 +157,7 @@ def _import_ray() -> Any:
         import ray
         import ray.data
     except ModuleNotFoundError as error:
-        raise UserError(f"--ray: {first_line(error)}; pip install 'siglip-fast[ray]'") from error
+        raise UserError(f"--ray: {first_line(error)}; pip install -e '.[ray]' in the checkout") from error
     return ray
 
 
@@ -166,12 +180,16 @@ def _session(address: str | None) -> Iterator[None]:
     own = {}
     if address == "local":
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # else stderr gets its remarks about itself
         own = {"include_dashboard": False}
+    before = signal.getsignal(signal.SIGTERM)
     try:
-        ray.init(address, logging_level="error", **own)
+        ray.init(address, logging_level="error", log_to_driver=False, **own)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise UserError(f"cannot start or join Ray at {address}: {first_line(error)}") from error
     try:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)  # which Ray replaced by one that exits without a word
         yield
     finally:
         ray.shutdown()
@@ -206,8 +224,6 @@ def _process(ray: Any, args: Namespace, todo: list[dict], folder: Folder, resour
     from ray.data import ActorPoolStrategy, DataContext
     from tqdm import tqdm
 
-    if not todo:
-        return set()
     for handler in logging.getLogger("ray.data").handlers:
         # what prints, and is Ray's own; its log file keeps everything
         if isinstance(handler, logging.StreamHandler) and type(handler).__module__.startswith("ray."):

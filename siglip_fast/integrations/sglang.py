@@ -13,7 +13,7 @@ import pkgutil
 from collections.abc import Callable
 from typing import Any
 
-from ..loading import typed_line
+from ..errors import typed_line
 from .plugin import plugin
 
 logger = logging.getLogger("siglip_fast")

@@ -23,7 +23,7 @@ def register() -> str:
     arguments = list(inspect.signature(siglip.SiglipVisionTransformer.forward).parameters)
     if arguments != ARGUMENTS:
         raise TypeError(f"SiglipVisionTransformer.forward takes {arguments}, expected {ARGUMENTS}")
-    from .vllm_tower import FastSiglipVisionTransformer
+    from ..models.vllm import FastSiglipVisionTransformer
 
     siglip.SiglipVisionTransformer = FastSiglipVisionTransformer
     return "its SigLIP vision towers run on fused operations"

@@ -19,7 +19,7 @@ from siglip_fast.kernels.patch_embed import patch_embed_configs
 
 from ..backends import triton as routes
 from ..backends import vendor
-from ..selection import DEFAULT, Choice
+from ..backends.choice import DEFAULT, Choice
 from .cases import Case
 
 

@@ -11,7 +11,7 @@ from transformers import SiglipVisionConfig
 
 from ..backends import torch as plain
 from ..ops import Linear, Norm, NormedLinear, PatchEmbedding, Pool
-from ..selection import Operation, bucket
+from .cache import Operation, bucket
 
 
 class Case(NamedTuple):

@@ -3,8 +3,9 @@
 import statistics
 from collections.abc import Callable
 
-from ..loading import typed_line, without_folders
-from ..selection import LAUNCHES, Choice
+from ..backends.choice import Choice
+from ..errors import typed_line, without_folders
+from .cache import LAUNCHES
 
 MARGIN = 1.02  # so much faster than the best vendor route one of our kernels has to be
 FIRST_ROUNDS, ROUNDS = 3, 15
@@ -26,7 +27,7 @@ def select(
     """The entry that goes into the cache: for each way of launching the winner and the medians in µs; and what was
     dropped, with the reason.
 
-    `timers` has one for each of `siglip_fast.selection.LAUNCHES`. `announce` is called before a candidate runs;
+    `timers` has one for each of `siglip_fast.tuning.cache.LAUNCHES`. `announce` is called before a candidate runs;
     `dropped` names those that must not run at all. A route is None where no candidate is left: the default runs then,
     unmeasured.
     """

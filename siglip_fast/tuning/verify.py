@@ -10,7 +10,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from ..loading import typed_line
+from ..errors import typed_line
 from .cases import Case, plain_result, row_moments, upcast
 
 RUINED = 3  # exit status where the CUDA context did not survive a candidate

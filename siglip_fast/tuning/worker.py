@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from ..loading import first_line
-from ..selection import Choice
-from . import PREPARATION
+from ..backends.choice import Choice
+from ..errors import first_line
 from .candidates import candidates, compile_ahead, run
 from .cases import Case, decode, inputs
+from .child import PREPARATION
 from .select import Announce, Sample, Timer, select, unmeasured
 from .verify import Verifier, end, end_if_ruined
 

@@ -1,0 +1,1 @@
+"""The command line: `siglip-fast embed | demo | tune | info`, a module each."""

@@ -1,0 +1,114 @@
+"""`siglip-fast info`: versions, device, what would run here and why, whether it is right, and its cost in memory."""
+
+import functools
+import platform
+from argparse import Namespace
+from importlib import metadata
+from typing import TYPE_CHECKING, Any
+
+from ..errors import typed_line
+from ..feed.loading import load_model, pick_device, route
+
+if TYPE_CHECKING:  # --help does not need them
+    import torch
+    from transformers import SiglipVisionConfig
+
+
+def run(args: Namespace) -> int:
+    import torch
+
+    device = pick_device(args.device)
+    print(versions())
+    print(machine(device))
+    model = load_model(args, device, getattr(torch, args.dtype))
+    size = model.config.image_size
+    pixels = torch.zeros(1, model.config.num_channels, size, size, dtype=model.dtype, device=device)
+    with torch.inference_mode():
+        print(f"runs on: {route(model, pixels)}")
+        fused = model.why_not(pixels) is None
+    parameters = sum(p.numel() * p.element_size() for p in model.parameters())
+    print(
+        f"parameters: {parameters / 1e6:.0f} MB; derived weights beside them: {model.derived_bytes() / 1e6:.0f} MB"
+    )
+    if not fused:
+        return 0
+    with torch.no_grad():
+        return 0 if check_operations(model.config, model.dtype, device, model.backend_for(device)) else 1
+
+
+def check_operations(
+    config: "SiglipVisionConfig", dtype: "torch.dtype", device: "torch.device", backend: str
+) -> bool:
+    """Prints, for each operation of a forward of one image, what runs it and whether its result is right here."""
+    from ..backends.select import load
+    from ..tuning.cache import LAUNCHES, Selection
+    from ..tuning.cases import cases, inputs
+    from ..tuning.verify import Verifier
+
+    implementation = load(backend, Selection.load)
+    if backend == "triton":
+        print(f"measured configurations: {cache_state(device)}")
+        selection = Selection.load(device)
+    print("operations, each checked against higher precision on made-up inputs:")
+    all_right = True
+    for case in cases(config, (config.image_size // config.patch_size) ** 2, dtype, [1]):
+        run = getattr(implementation, case.operation.name)
+        try:
+            args = inputs(case, device)
+            args_as_run = packed(args, implementation, tokens=case.rows)  # of one image, or of the pooled one
+            wrong = Verifier(case, device, args)(functools.partial(run, *args_as_run))
+        except Exception as error:  # a self-check tells of whatever fails
+            wrong = typed_line(error)
+        all_right &= wrong is None
+        print(f"  {case}: {wrong or 'right'}")
+        if backend == "triton":
+            for launch in LAUNCHES:
+                choice = selection.choice(*case.operation, case.rows, launch)
+                print(f"    {launch}: {choice} ({selection.reason(case.operation, case.rows, launch)})")
+    return all_right
+
+
+def packed(args: tuple, implementation: Any, tokens: int) -> list:
+    """With the weights as the backend wants them for images of so many tokens, as `siglip_fast.models.weights` packs them."""
+    from ..ops import Linear, NormedLinear, PatchEmbedding
+
+    packable = (PatchEmbedding, Linear, NormedLinear)
+    return [implementation.pack(arg, tokens) if isinstance(arg, packable) else arg for arg in args]
+
+
+def cache_state(device: "torch.device") -> str:
+    """In words: where the cache file is and what it holds."""
+    from ..tuning import cache
+
+    key = cache.Key.of(device)
+    if cache.mode() == "off":
+        return "not used (SIGLIP_FAST_TUNE=off)"
+    entries = cache.read(key)
+    if not entries:
+        return f"none for {key.gpu}, driver {key.driver} (`siglip-fast tune` makes them)"
+    return f"{sum(map(len, entries.values()))} of {len(entries)} operations in {key.path()}"
+
+
+def versions() -> str:
+    packages = ("siglip-fast", "torch", "triton", "transformers")
+    found = [f"{name} {version_of(name) or 'not installed'}" for name in packages]
+    return ", ".join([f"Python {platform.python_version()}", *found])
+
+
+def version_of(package: str) -> str | None:
+    """None where it is not installed."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def machine(device: "torch.device") -> str:
+    import torch
+
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        return f"{device}: {properties.name}, {properties.total_memory / 1e9:.0f} GB"
+    onednn = "oneDNN" if torch.backends.mkldnn.is_available() else "no oneDNN"
+    capability = torch.backends.cpu.get_cpu_capability()
+    return f"{device}: {platform.machine()}, {torch.get_num_threads()} threads, {onednn}, {capability}"

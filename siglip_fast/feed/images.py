@@ -1,0 +1,68 @@
+"""Images from files or encoded bytes, upright and in RGB, decoded ahead of the model by threads."""
+
+import io
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # --help does not need it
+    from PIL.Image import Image
+
+
+def read_image(source: str | bytes) -> "Image":
+    """The image in a file or in encoded bytes, as RGB, upright.
+
+    Raises whatever Pillow raises on what is no whole image.
+    """
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    if not source:
+        raise ValueError("empty")
+    if isinstance(source, str):
+        if source != source.encode(errors="replace").decode():
+            raise ValueError("its name is not UTF-8")  # which neither kind of output can hold
+        if os.path.exists(source) and not os.path.isfile(source):
+            raise ValueError("not a regular file")  # opening a FIFO would wait for ever
+        if os.path.getsize(source) == 0:
+            raise ValueError("empty")
+    try:
+        opened = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+    except UnidentifiedImageError:  # its text has an address in memory where the source is bytes
+        raise ValueError("cannot identify an image in it") from None
+    with opened as image:
+        return to_rgb(ImageOps.exif_transpose(image), image.format)
+
+
+def to_rgb(image: "Image", format: str | None = None) -> "Image":
+    """`image.convert("RGB")`, but 16-bit gray is scaled to 8 bits, where Pillow would clip it to white."""
+    import numpy as np
+    from PIL import Image
+
+    if image.mode.startswith("I;16") or (image.mode == "I" and format in ("PNG", "PPM")):
+        image = Image.fromarray(np.round(np.asarray(image) / 257).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError(f"Pillow mode {image.mode}: pixels without a defined white")
+    return image.convert("RGB")
+
+
+def decode_ahead(
+    items: Iterable[Any], decode: Callable[[Any], Any], workers: int, ahead: int
+) -> Iterator[tuple[Any, Any]]:
+    """(item, `decode(item)` or the exception it raised), in order; at most `ahead` are held in advance."""
+    pool = ThreadPoolExecutor(workers)
+    queue: deque[tuple[Any, Future]] = deque()
+
+    def settled(item: Any, future: Future) -> tuple[Any, Any]:
+        return item, future.exception() or future.result()
+
+    try:
+        for item in items:
+            queue.append((item, pool.submit(decode, item)))
+            if len(queue) > ahead:
+                yield settled(*queue.popleft())
+        while queue:
+            yield settled(*queue.popleft())
+    finally:
+        pool.shutdown(cancel_futures=True)

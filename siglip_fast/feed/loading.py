@@ -1,0 +1,166 @@
+"""From command-line arguments to a device, a model and its image processor; what is wrong is told in one line."""
+
+import os
+import re
+import sys
+from argparse import Namespace
+from typing import TYPE_CHECKING, Any
+
+from ..errors import UserError, first_line
+from ..models.variants import config_for
+
+if TYPE_CHECKING:  # --help needs none of these
+    import torch
+    from PIL.Image import Image
+    from transformers import SiglipVisionConfig
+
+    from ..models.siglip import SiglipVisionModel
+
+
+def pick_device(name: str | None) -> "torch.device":
+    """The device called `name`, or the one that there is."""
+    import torch
+
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # the latter where torch was built without CUDA
+        raise UserError(f"--device {name}: {first_line(error)}") from error
+    return device
+
+
+def load_config(args: Namespace) -> "SiglipVisionConfig":
+    """The vision config of `args.model` or `args.random_weights`.
+
+    Raises:
+        UserError: there is none.
+    """
+    try:
+        return _config_of(args.model) if args.model else config_for(args.random_weights)
+    except (ValueError, OSError) as error:
+        raise UserError(first_line(error)) from error
+
+
+def _config_of(name: str) -> "SiglipVisionConfig":
+    from transformers import PretrainedConfig, SiglipVisionConfig
+
+    # The Hub would be asked for whatever is no folder, again and again where there is no network.
+    is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not os.path.isdir(os.path.dirname(name))
+    if not (os.path.isdir(name) or is_hub_id):
+        raise UserError(f"{name}: no such folder, and no id on the Hugging Face Hub (OWNER/NAME)")
+    config, _ = PretrainedConfig.get_config_dict(name)
+    if not config:
+        raise UserError(f"{name}: there is no config.json")
+    kind = config.get("model_type")
+    if kind not in ("siglip", "siglip_vision_model"):
+        remark = ": NaFlex images are not supported yet" * str(kind).startswith("siglip2")
+        raise UserError(f"{name} is no SigLIP model: its config has model_type {kind!r}{remark}")
+    return SiglipVisionConfig.from_pretrained(name)
+
+
+def load_model(args: Namespace, device: "torch.device", dtype: "torch.dtype") -> "SiglipVisionModel":
+    """The model of `args.model` or `args.random_weights`, for inference.
+
+    Raises:
+        UserError: there is no such model, it is not whole, or the backend cannot run on the device.
+    """
+    import torch
+
+    from ..models.siglip import SiglipVisionModel
+
+    try:
+        if args.model:
+            model = _from_pretrained(args.model, args.backend)
+        else:
+            config = config_for(args.random_weights)
+            warn_of_random_weights(args.random_weights, args.seed)
+            torch.manual_seed(args.seed)
+            model = SiglipVisionModel(config, backend=args.backend)
+        model.backend_for(device)
+    except (ValueError, RuntimeError) as error:  # unknown variant or backend; a backend that cannot run here
+        raise UserError(first_line(error)) from error
+    return model.eval().to(device, dtype)
+
+
+def _from_pretrained(name: str, backend: str | None) -> "SiglipVisionModel":
+    import transformers
+
+    from ..models.siglip import SiglipVisionModel
+
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()  # it lists the whole text tower as "unexpected"
+    try:
+        model, report = SiglipVisionModel.from_pretrained(
+            name,
+            config=_config_of(name),
+            backend=backend,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are in the report, with their shapes
+        )
+    except UserError:
+        raise
+    except Exception as error:  # a wrong name, no network, a broken file: a type each
+        raise UserError(f"cannot load {name}: {first_line(error)}") from error
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+    for key, found, expected in sorted(report["mismatched_keys"]):
+        raise UserError(f"cannot load {name}: {key} is {list(found)}, by the config {list(expected)}")
+    if missing := sorted(report["missing_keys"]):
+        raise UserError(
+            f"{name} is no SigLIP vision model: lacks {len(missing)} weights such as {missing[0]}"
+        )
+    return model
+
+
+def warn_of_random_weights(variant: str, seed: int) -> None:
+    text = f"!!!  RANDOM WEIGHTS: {variant}, seed {seed}, not trained. Its embeddings mean nothing.  !!!"
+    print("!" * len(text), text, "!" * len(text), sep="\n", file=sys.stderr)
+
+
+def load_processor(model: str | None, image_size: int) -> Any:
+    """Hugging Face's image processor on Pillow, as the model's files configure it.
+
+    Raises:
+        UserError: it cannot be loaded, is of another kind, or makes images of another size than the model's.
+    """
+    import transformers
+    from PIL import Image
+
+    # Transformers 5 gave the plain name to the one that needs torchvision.
+    kind = getattr(transformers, "SiglipImageProcessorPil", None) or transformers.SiglipImageProcessor
+    if model is None or _has_no_processor(model):
+        settings = {"size": {"height": image_size, "width": image_size}}
+    else:
+        try:
+            settings, _ = kind.get_image_processor_dict(model)
+        except Exception as error:
+            raise UserError(f"cannot load the image processor of {model}: {first_line(error)}") from error
+    name = settings.get("image_processor_type", "SiglipImageProcessor")
+    if name.removesuffix("Fast").removesuffix("Pil") != "SiglipImageProcessor":
+        raise UserError(f"{model} wants the image processor {name}, not SigLIP's")
+    processor = kind.from_dict(settings)
+    made = list(pixel_values(processor, Image.new("RGB", (8, 9))).shape[1:])
+    if made != [image_size, image_size]:
+        raise UserError(f"{model}: its image processor makes {made} pixels, the model takes {image_size}²")
+    return processor
+
+
+def _has_no_processor(model: str) -> bool:
+    files = ("preprocessor_config.json", "processor_config.json")
+    if not os.path.isdir(model) or any(os.path.exists(os.path.join(model, file)) for file in files):
+        return False
+    print(f"siglip-fast: {model} has no {files[0]}: using SigLIP's defaults", file=sys.stderr)
+    return True
+
+
+def pixel_values(processor: Any, image: "Image") -> "torch.Tensor":
+    """One RGB image as the model takes it, `[3, height, width]`."""
+    # The format is told because an image 1 or 3 pixels high would be taken for one with its channels first.
+    return processor(image, return_tensors="pt", input_data_format="channels_last")["pixel_values"][0]
+
+
+def route(model: "SiglipVisionModel", pixel_values: "torch.Tensor") -> str:
+    """Which code runs for `pixel_values`, and why if it is the stock code. Call it as the model is called."""
+    if reason := model.why_not(pixel_values):
+        return f"stock transformers, because {reason}"
+    return f"backend {model.backend_for(pixel_values.device)}"

@@ -1,0 +1,1 @@
+"""The towers: what becomes fast, one file a family, and what they share."""

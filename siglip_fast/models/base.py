@@ -1,0 +1,212 @@
+"""What all fast towers have in common: a stock class whose forward runs on the fused operations, or says why not.
+
+A fast class is `class Fast(Fused, Stock)`. It answers for its own forward: which reasons lie in the call, what the
+position embedding is, what the output looks like. Here is the rest: weights derived, kept and dropped, and the reasons
+that lie in the tower, the device and the circumstances.
+"""
+
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+try:
+    from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
+except ImportError:  # transformers before 5.2
+    from transformers.utils.generic import _CAN_RECORD_REGISTRY
+
+from ..backends.select import NAMES, backend_for, is_capturing
+from .anatomy import Anatomy
+from .reasons import (
+    GRADIENTS,
+    NOT_DERIVED,
+    autocast_dtype,
+    autocast_reason,
+    backend_reason,
+    input_reason,
+    mode_reason,
+    patched_reason,
+)
+from .weights import Derived
+
+logger = logging.getLogger("siglip_fast")
+
+
+class Fused(nn.Module):
+    """To be mixed into a stock tower class, before it in the order of bases.
+
+    A stock instance may become a fast one by having its `__class__` set; `become_fast` then makes what `__init__`
+    would have made.
+    """
+
+    anatomy: ClassVar[Anatomy]
+
+    # Of the class, for instances that `become_fast` has not met: vLLM's
+    backend = "auto"
+    strict = False
+    # By the dtype of torch.autocast, None outside of it. Replaced, never edited: threads may share a model.
+    _derived: Mapping[torch.dtype | None, Derived] = {}
+
+    def __init_subclass__(cls, **kwargs) -> None:
+        super().__init_subclass__(**kwargs)
+        # transformers looks up by its name what a class records, which only a constructor notes; instances that were
+        # swapped or unpickled have met none.
+        if recorded := getattr(cls, "_can_record_outputs", None):
+            dict.__setitem__(_CAN_RECORD_REGISTRY, str(cls), recorded)
+
+    def become_fast(self, backend: str | None, strict: bool) -> None:
+        """Raises ValueError where the backend's name is unknown."""
+        self.backend = checked_backend(backend)
+        self.strict = strict
+        self._derived = {}
+
+    def forget_fast(self) -> None:
+        """Removes what `become_fast` and later calls made, for an instance that is to be stock's again."""
+        for name in ("backend", "strict", "_derived"):
+            vars(self).pop(name, None)
+
+    def why_not(self, pixel_values: Tensor, *args, **kwargs) -> str | None:
+        """Every reason, joined by "; ", for which `forward(...)` would run the stock code here and now, or None.
+
+        It reads the weights as the fused forward would, so the first call takes that forward's time to derive them.
+        Under torch.export the stock code is traced in any case.
+        """
+        reasons = [*self._call_reasons(pixel_values, *args, **kwargs)]
+        if NOT_DERIVED not in reasons:
+            reasons.append(self._current().reason(owner=self))
+        return "; ".join(filter(None, reasons)) or None
+
+    def backend_for(self, device: torch.device | str) -> str | None:
+        """The backend that runs for tensors on `device`: "triton", "cpu", "torch", or None where there is none."""
+        return backend_for(self.backend, torch.device(device))[0]
+
+    def derived_bytes(self) -> int:
+        """Memory that the derived weights take beside the parameters, in bytes; 0 before the first fused forward."""
+        return sum(derived.memory() for derived in self._derived.values())
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        # transformers 5 renames the keys of older checkpoints only for classes that it takes for its own; without
+        # that, a composite model around a fast tower loads them as random weights.
+        return not cls.__module__.startswith(f"{__package__}.") and super().is_custom_code()
+
+    @classmethod
+    def declines(cls, tower: nn.Module) -> str | None:
+        """Why `tower`, of the stock class, is not to become one of this class at all, if it is not."""
+        return None
+
+    def _request_reasons(self, *args, **kwargs) -> Iterator[str]:
+        """The reasons that lie in the arguments of `forward` and in the tower's settings."""
+        raise NotImplementedError
+
+    @property
+    def _tower(self) -> nn.Module:
+        """The module that has the anatomy."""
+        return self
+
+    def _patch_weight(self) -> Tensor | None:
+        # None where the module was replaced by one that has no such parameter
+        conv = self.anatomy.patch_embedding(self._tower)
+        return None if conv is None else conv._parameters.get("weight")
+
+    def _current(self) -> Derived:
+        """The derived weights for the device, the backend and the autocast region of this call."""
+        weight = self._patch_weight()
+        backend = (self.backend_for(weight.device) if weight is not None else None) or "torch"
+        dtype = None if weight is None else autocast_dtype(weight.device)
+        derived = self._derived.get(dtype)
+        if derived and (derived.ops.backend != backend or not derived.source.is_unchanged()):
+            derived = None
+            self._derived = {}  # the old copies go before the new ones are made
+        if not derived:
+            derived = Derived(self._tower, self.anatomy, backend, dtype)
+            self._derived = {**self._derived, dtype: derived}
+        return derived
+
+    def _is_derived(self, device: torch.device) -> bool:
+        derived = self._derived.get(autocast_dtype(device))
+        return derived is not None and derived.weights is not None and derived.source.is_unchanged()
+
+    def _route(self, pixel_values: Tensor, *args, **kwargs) -> tuple[Derived | None, str | None]:
+        """The derived weights to run on, or the reason for running stock's code."""
+        reason = next(self._call_reasons(pixel_values, *args, **kwargs), None)
+        if reason is not None:
+            return None, reason
+        derived = self._current()
+        return derived, derived.reason(owner=self)
+
+    def _delegate(self, reason: str) -> None:
+        """To be called before stock's code runs, for `reason`. Raises RuntimeError where `strict` is set."""
+        if reason is GRADIENTS:
+            self.forget_derived()  # the weights are about to change, perhaps in ways that torch does not count
+        if self.strict:
+            raise RuntimeError(f"the fused forward does not apply: {reason}")
+        _log_once(type(self).__name__, reason)
+
+    def _call_reasons(self, pixel_values: Tensor, *args, **kwargs) -> Iterator[str]:
+        """The reasons that lie in the call and its circumstances, not in the tower."""
+        input = input_reason(pixel_values)
+        if torch.is_grad_enabled() and (
+            pixel_values.requires_grad or any(p.requires_grad for p in self.parameters())
+        ):
+            yield GRADIENTS
+        weight, device = self._patch_weight(), pixel_values.device
+        circumstances = (
+            patched_reason(stock_class(type(self))),
+            getattr(self, "_is_replica", False) and "this is a replica of torch.nn.DataParallel",
+            input,
+            mode_reason(),
+            autocast_reason(
+                device, weight if weight is None else weight.dtype, torch.compiler.is_compiling()
+            ),
+        )
+        yield from filter(None, circumstances)
+        yield from self._request_reasons(*args, **kwargs)
+        if weight is not None and device != weight.device:
+            yield f"pixel_values are on {device}, the parameters on {weight.device}"
+        elif reason := backend_reason(self.backend, device):
+            yield reason
+        elif is_capturing(pixel_values) and not self._is_derived(device):
+            yield NOT_DERIVED
+
+    def train(self, mode: bool = True) -> "Fused":
+        if mode != self.training:
+            self.forget_derived()  # training needs the memory, and is about to change the weights
+        return super().train(mode)
+
+    def _apply(self, fn: Callable, *args, **kwargs) -> "Fused":
+        self.forget_derived()  # moved or cast: do not keep the old copies until the next forward
+        return super()._apply(fn, *args, **kwargs)
+
+    def forget_derived(self) -> None:
+        """Lets go of the derived weights: the next forward reads the parameters again. For edits that torch does not count."""
+        self._derived = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_derived": {}}  # copies and pickles make their own
+
+
+def checked_backend(backend: str | None) -> str:
+    """`backend`, or what SIGLIP_FAST_BACKEND says, or "auto". Raises ValueError where the name is unknown."""
+    backend = backend or os.environ.get("SIGLIP_FAST_BACKEND", "auto")
+    if backend not in NAMES:
+        raise ValueError(f"backend: expected one of {', '.join(NAMES)}, got {backend!r}")
+    return backend
+
+
+def stock_class(fast: type[Fused]) -> type[nn.Module]:
+    """The class whose instances become those of `fast`."""
+    return fast.__mro__[fast.__mro__.index(Fused) + 1]  # FSDP puts a class of its own before ours
+
+
+@torch.compiler.assume_constant_result
+def _log_once(name: str, reason: str) -> None:
+    if (name, reason) not in _logged:
+        _logged.add((name, reason))
+        logger.warning("running the stock %s forward: %s", name, reason)
+
+
+_logged: set[tuple[str, str]] = set()

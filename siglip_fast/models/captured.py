@@ -1,0 +1,106 @@
+"""Towers whose forward can be recorded as CUDA graphs: `model.capture()`."""
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..backends.select import is_capturing
+from ..forward import Outputs
+from ..running.graphs import RECORDING, Graphs
+from .position import must_interpolate, position_of
+from .tuned import Tuned
+from .weights import Derived
+
+logger = logging.getLogger("siglip_fast")
+
+
+class Captured(Tuned):
+    """The graphs lie with the derived weights that they read, and go with them."""
+
+    _to_capture: tuple[tuple[int, ...], int] | None = None  # batch sizes, image size
+
+    def capture(self, batch_sizes: Sequence[int], image_size: int | None = None) -> None:
+        """Record CUDA graphs of the fused forward, which later calls replay: no launch costs, the same results.
+
+        A batch runs on the graph of the smallest captured size that holds it and is less than twice as large; other
+        batches, images of another size and `forward_uint8` are launched kernel by kernel as before. Graphs are recorded
+        again when weights were edited, and once more for torch.autocast; dropped for training; and released, for good,
+        when the model is moved or cast (`.to()`), copied or pickled, or by `capture([])`. Inside a CUDA graph that
+        somebody else captures the kernels are launched into that one, which does not see later edits of weights.
+
+        Args:
+            batch_sizes: one graph each; they share their memory.
+            image_size: height and width of the images, in pixels. Default: the config's; others are for calls with
+                `interpolate_pos_encoding=True`.
+
+        Raises:
+            ValueError: a batch size or the image size is not a positive integer.
+            RuntimeError: the model is not on a CUDA device, or its fused forward does not apply.
+        """
+        image_size = self.config.image_size if image_size is None else image_size
+        for name, value in (("image_size", image_size), *(("batch_sizes", size) for size in batch_sizes)):
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}: expected positive integers, got {value!r}")
+        self._forget_graphs()
+        if not batch_sizes:
+            return
+        image = self._example(image_size)
+        with torch.no_grad():
+            if reason := self.why_not(image[None]):
+                raise RuntimeError(f"capture: the fused forward does not apply: {reason}")
+            derived = self._current()
+            self._first_contact(derived, image.expand(max(batch_sizes), -1, -1, -1))
+            self._record(derived, tuple(batch_sizes), image_size)
+        self._to_capture = tuple(batch_sizes), image_size
+
+    def forget_fast(self) -> None:
+        super().forget_fast()
+        vars(self).pop("_to_capture", None)
+
+    def _forget_graphs(self) -> None:
+        self._to_capture = None
+        for derived in self._derived.values():
+            derived.graphs = None
+
+    def _replayed(self, derived: Derived, pixel_values: Tensor, interpolate: bool) -> Outputs | None:
+        """The outputs by a CUDA graph, where one was captured for such images."""
+        to_capture = self._to_capture
+        if to_capture is None or is_capturing(pixel_values):
+            return None
+        try:
+            graphs = derived.graphs or self._record(derived, *to_capture)
+        except RuntimeError as error:  # out of memory, say: launched kernel by kernel it may do
+            self._forget_graphs()
+            logger.warning("recording CUDA graphs again failed, there are none any more: %s", error)
+            return None
+        size = graphs.batch_size_for(pixel_values)
+        if size and (interpolate or not must_interpolate(self._tower.embeddings, *pixel_values.shape[2:])):
+            return graphs.replay(size, pixel_values)
+        return None
+
+    def _record(self, derived: Derived, batch_sizes: tuple[int, ...], image_size: int) -> Graphs:
+        with RECORDING:
+            if derived.graphs is None:  # else another thread was faster
+                image, embeddings = self._example(image_size), self._tower.embeddings
+                interpolate = must_interpolate(embeddings, image_size, image_size)
+                position = position_of(embeddings, image[None], interpolate)
+                run, ops, weights = derived.run, derived.ops, derived.weights
+                derived.graphs = Graphs(
+                    lambda pixels: run(ops, weights, pixels, position), batch_sizes, image
+                )
+            return derived.graphs
+
+    def _example(self, image_size: int) -> Tensor:
+        """An image `[C, H, W]` as the model takes it."""
+        weight = self._patch_weight()
+        return weight.new_zeros((weight.shape[1], image_size, image_size))
+
+    def _apply(self, fn: Callable, *args, **kwargs) -> "Captured":
+        self._to_capture = None
+        return super()._apply(fn, *args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"_to_capture": None}

@@ -1,0 +1,178 @@
+"""Derived weights: the tower's parameters, merged and folded as the operations want them.
+
+They never enter the state dict. The merged QKV and fc1, into which LayerNorm is folded, are copies; the others are the
+parameters' own memory, unless the backend packs weights, or autocast's dtype is another, which makes a copy of each.
+"""
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from ..backends.select import is_capturing
+from ..forward import HeadWeights, LayerWeights, TowerWeights, forward, forward_in_autocast
+from ..ops import Linear, Norm, NormedLinear, Ops, PatchEmbedding, Pool
+from ..running.graphs import Graphs
+from ..running.uint8 import Normalization
+from ..tuning.cache import Selection
+from .anatomy import Anatomy, Unsupported
+from .source import Source
+
+
+class Derived:
+    """The derived weights of a tower for one backend, made when first asked for, or the reason why there are none.
+
+    `dtype` is what they compute in, by default the parameters'; another one is autocast's.
+    """
+
+    def __init__(self, tower: nn.Module, anatomy: Anatomy, backend: str, dtype: torch.dtype | None = None):
+        self.source = Source(tower, anatomy.watched, anatomy.parameters)
+        self._dtype = dtype
+        self._anatomy = anatomy
+        self.ops = Ops(backend, Selection.load)
+        self.run = forward if dtype is None else forward_in_autocast
+        self.weights: TowerWeights | None = None
+        self.graphs: Graphs | None = None  # CUDA graphs that read them
+        self._uint8: dict[Normalization, TowerWeights] = {}
+        self._reason: str | None = None
+        self.is_new = True  # no forward has run on them
+
+    def reason(self, owner: nn.Module) -> str | None:
+        """Why the tower cannot run on the operations, if it cannot. `owner` is the model whose forward is running."""
+        # Hooks first: those of an offloading library would bring the weights that are read below.
+        if intercepted := self.source.intercepted(owner):
+            return intercepted
+        if self.weights is None and self._reason is None:
+            try:
+                self._derive()
+            except Unsupported as unsupported:
+                self._reason = str(unsupported)
+        return self._reason
+
+    def folds(self, normalization: Normalization) -> bool:
+        """Whether `for_uint8` is to be used; else images are normalised first. So do torch and oneDNN, which round their
+        products to 16 bits before a bias could be added in float32."""
+        weight = self.weights.patch.weight
+        if not self.ops.reads_uint8 or not normalization.folds(weight.dtype):
+            return False
+        return normalization in self._uint8 or not is_capturing(weight)  # nothing is folded inside a capture
+
+    def for_uint8(self, normalization: Normalization) -> TowerWeights:
+        """The weights, the patch embedding among them taking uint8 images that `normalization` is to be applied to."""
+        if normalization not in self._uint8:
+            with torch.inference_mode(False), torch.no_grad():
+                self._uint8[normalization] = self.weights._replace(
+                    patch=normalization.fold(self.weights.patch)
+                )
+            _finish(self.weights)
+        return self._uint8[normalization]
+
+    def memory(self) -> int:
+        """Bytes of the derived weights that are not the parameters' own memory."""
+        own = {p.untyped_storage().data_ptr() for p in self.source.tower.parameters()}
+        leaves = tree_leaves([self.weights, *self._uint8.values()])
+        tensors = {id(leaf): leaf for leaf in leaves if isinstance(leaf, Tensor)}.values()
+        copies = [t for t in tensors if t.is_mkldnn or t.untyped_storage().data_ptr() not in own]
+        return sum(t.numel() * t.element_size() for t in copies)
+
+    def _derive(self) -> None:
+        # Also under inference_mode the copies have to be ordinary tensors: they outlive it.
+        with torch.inference_mode(False), torch.no_grad():
+            self._anatomy.check(self.source.tower)
+            weights = tower_weights(self._anatomy.view(self.source.tower), self.ops, self._dtype)
+        _finish(weights)
+        self.weights = weights
+
+
+def _finish(weights: TowerWeights) -> None:
+    if weights.patch.weight.is_cuda and torch.cuda.is_initialized():
+        # The next forward may come on another stream, which would not wait for this one.
+        torch.cuda.current_stream(weights.patch.weight.device).synchronize()
+
+
+def tower_weights(tower: Any, ops: Ops, dtype: torch.dtype | None = None) -> TowerWeights:
+    """Those of a tower, or a view of one, that has the names of transformers' SigLIP; in its parameters' dtype or `dtype`."""
+    conv = tower.embeddings.patch_embedding
+    dtype = dtype or conv.weight.dtype
+    make, make_pooled = (Maker(ops, dtype, tokens) for tokens in (tower.embeddings.num_patches, 1))
+    patch = PatchEmbedding(
+        make.plain(conv.weight).flatten(1), make.plain(conv.bias), tower.embeddings.patch_size
+    )
+    return TowerWeights(
+        patch=make.pack(patch),
+        layers=[make.layer(layer) for layer in tower.encoder.layers],
+        post_layernorm=tower.post_layernorm and make.norm(tower.post_layernorm),
+        head=make_pooled.head(tower.head) if getattr(tower, "use_head", False) else None,
+        num_heads=tower.encoder.layers[0].self_attn.num_heads,
+        exact_gelu=getattr(tower, "exact_gelu", False),
+    )
+
+
+class Maker:
+    """Makes weights of one dtype, packed for images of so many tokens, from modules named as transformers' SigLIP's."""
+
+    def __init__(self, ops: Ops, dtype: torch.dtype, tokens: int):
+        self._dtype = dtype
+        self.pack = functools.partial(ops.pack, tokens=tokens)
+
+    def layer(self, layer: nn.Module) -> LayerWeights:
+        attention = layer.self_attn
+        projections = (attention.q_proj, attention.k_proj, attention.v_proj)
+        weight = torch.cat([p.weight for p in projections])
+        bias = torch.cat([p.bias for p in projections])
+        return LayerWeights(
+            qkv=self.fold(layer.layer_norm1, weight, bias),
+            out_proj=self.linear(attention.out_proj),
+            fc1=self.fold(layer.layer_norm2, layer.mlp.fc1.weight, layer.mlp.fc1.bias),
+            fc2=self.linear(layer.mlp.fc2),
+        )
+
+    def head(self, head: nn.Module) -> HeadWeights:
+        attention, H = head.attention, head.attention.num_heads
+        query_weight, key_weight, value_weight = attention.in_proj_weight.detach().chunk(3)
+        query_bias, _, value_bias = attention.in_proj_bias.detach().chunk(3)
+        # Elementwise sums, because a matmul could be TF32; this happens once.
+        query = (query_weight.float() * head.probe[0].float()).sum(1) + query_bias.float()
+        query = query.unflatten(0, (H, -1)) * (query.numel() // H) ** -0.5
+        scores = (query[:, :, None] * key_weight.float().unflatten(0, (H, -1))).sum(1)
+        return HeadWeights(
+            pool=Pool(scores, Linear(self.plain(value_weight), self.plain(value_bias))),
+            out_proj=self.linear(attention.out_proj),
+            fc1=self.fold(head.layernorm, head.mlp.fc1.weight, head.mlp.fc1.bias),
+            fc2=self.linear(head.mlp.fc2),
+        )
+
+    def linear(self, linear: nn.Linear) -> Linear:
+        return self.pack(Linear(self.plain(linear.weight), self.plain(linear.bias)))
+
+    def norm(self, norm: nn.LayerNorm) -> Norm:
+        # not in autocast's dtype: this one's input and output are the residual stream's
+        weight, bias = (p.detach().resolve_neg().contiguous() for p in (norm.weight, norm.bias))
+        return Norm(weight, bias, norm.eps)
+
+    def fold(self, norm: nn.LayerNorm, weight: Tensor, bias: Tensor) -> NormedLinear:
+        return self.pack(fold(norm, weight, bias, self._dtype))
+
+    def plain(self, parameter: Tensor) -> Tensor:
+        """The parameter's own memory where it is as the kernels index it, else a copy."""
+        return parameter.detach().resolve_neg().to(self._dtype).contiguous()
+
+
+def fold(norm: nn.LayerNorm, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> NormedLinear:
+    """LN(x)·Wᵀ + b as a GEMM on x: see `siglip_fast.kernels.layernorm_linear`."""
+    product = weight.detach().float() * norm.weight.float()
+    folded = product.to(dtype).contiguous()
+    if dtype == torch.float16:
+        # Rounding normal numbers to fp16 costs 2e-4 of a row's norm; overflow and underflow cost more.
+        lost = (folded.float() - product).norm(dim=1) > 5e-4 * product.norm(dim=1)
+        if lost.any():
+            raise Unsupported("a LayerNorm's weight times the projection behind it leaves float16's range")
+    return NormedLinear(
+        weight=folded,
+        # From the rounded weights: what the GEMM multiplies the mean by.
+        colsum=folded.float().sum(1),
+        bias=(weight.float() * norm.bias.float()).sum(1) + bias.float(),
+        eps=norm.eps,
+    )

@@ -1,0 +1,1 @@
+"""How a forward is run: CUDA graphs, torch.compile, images as bytes."""

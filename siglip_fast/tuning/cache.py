@@ -1,0 +1,233 @@
+"""What was measured on this GPU: the cache file of `siglip-fast tune`, and the choice it holds for an operation.
+
+One JSON file a key (GPU, driver, libraries, kernel sources), written whole or not at all, which people can ship: a file
+whose key is not this machine's is ignored. Tables go by operation, fixed shape and dtype, then by the number of rows,
+rounded up to a power of two, then by how the operation is launched: eagerly, or from a CUDA graph.
+"""
+
+import functools
+import hashlib
+import json
+import logging
+import os
+import re
+from importlib import metadata
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from ..backends.choice import DEFAULT, Choice
+from ..files import atomic
+
+logger = logging.getLogger("siglip_fast")
+
+FORMAT = 1
+MODES = ("off", "cached", "auto")
+
+
+class Operation(NamedTuple):
+    """An operation of `siglip_fast.ops` on a fixed shape: what a table is about.
+
+    dims: patch_embed (D, K, patch_size, tokens); layernorm_linear (out, in, gelu); attention (tokens, heads, head_dim);
+    linear_residual (out, in, with residual); layernorm (D); attention_pool (tokens, D, heads).
+    """
+
+    name: str
+    dims: tuple[int, ...]
+    dtype: torch.dtype
+
+    def __str__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"{self.name} {'x'.join(str(int(dim)) for dim in self.dims)} {dtype}"
+
+
+class Key(NamedTuple):
+    """What a measurement holds for."""
+
+    gpu: str
+    driver: str
+    torch: str
+    triton: str
+    cudnn: str
+    flash_attn: str
+    kernels: str  # hash of the sources
+
+    @classmethod
+    def of(cls, device: torch.device) -> "Key":
+        import triton
+
+        return cls(
+            gpu=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+            driver=_driver(),
+            torch=torch.__version__,
+            triton=triton.__version__,
+            cudnn=str(torch.backends.cudnn.version()),
+            flash_attn=_version("flash_attn"),
+            kernels=source_hash(),
+        )
+
+    def path(self) -> Path:
+        """Of the cache file, which need not exist."""
+        digest = hashlib.sha256("\n".join(self).encode()).hexdigest()[:16]
+        return cache_dir() / f"{re.sub(r'[^A-Za-z0-9]+', '-', self.gpu).strip('-')}-{digest}.json"
+
+
+def mode() -> str:
+    """SIGLIP_FAST_TUNE: "off" (built-in defaults), "cached" (what was measured; the default) or "auto" (measure at the
+    first forward on a GPU that has no cache file).
+
+    Raises:
+        ValueError: it is something else.
+    """
+    value = os.environ.get("SIGLIP_FAST_TUNE") or "cached"
+    if value not in MODES:
+        raise ValueError(f"SIGLIP_FAST_TUNE: expected one of {', '.join(MODES)}, got {value!r}")
+    return value
+
+
+def cache_dir() -> Path:
+    """SIGLIP_FAST_CACHE_DIR, or the user's cache folder."""
+    if folder := os.environ.get("SIGLIP_FAST_CACHE_DIR"):
+        return Path(folder)
+    import platformdirs
+
+    return Path(platformdirs.user_cache_dir("siglip_fast"))
+
+
+def bucket(rows: int) -> int:
+    """The next power of two."""
+    return 1 << max(rows - 1, 0).bit_length()
+
+
+LAUNCHES = ("eager", "graph")
+FARTHEST = 2  # powers of two that the number of rows may be away from one that was measured
+Entries = dict[str, dict[str, dict]]  # str(Operation): {str(bucket): what siglip_fast.tuning.select found}
+
+
+def read(key: Key) -> Entries:
+    """The entries of the key's cache file; none if there is no such file, or it is not one that can be used."""
+    path = key.path()
+    try:
+        content = json.loads(path.read_text())
+        if content["format"] != FORMAT or content["key"] != key._asdict():
+            raise ValueError("it is another version's or another machine's")
+        if content["digest"] != _digest(content["operations"]):
+            raise ValueError("it was changed")
+        return content["operations"]
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        logger.warning("ignoring the measured configurations in %s: %s", path, error)
+        return {}
+
+
+def write(key: Key, entries: Entries) -> None:
+    path = key.path()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = {"format": FORMAT, "key": key._asdict(), "digest": _digest(entries), "operations": entries}
+    with atomic(path) as file:
+        file.write(json.dumps(content, indent=1).encode())
+
+
+def _digest(entries: Entries) -> str:
+    return hashlib.sha256(json.dumps(entries).encode()).hexdigest()
+
+
+def is_measured(entry: dict | None) -> bool:
+    """Whether an entry tells of a candidate that ran; else the default stays in force, and there is a reason why."""
+    return bool(entry and any(entry[launch]["microseconds"] for launch in LAUNCHES))
+
+
+class Selection:
+    """The choices for one device. Operations that nobody measured there run on their defaults."""
+
+    def __init__(self, entries: Entries):
+        self._entries = entries
+        self._memo: dict[tuple, Choice] = {}
+
+    @classmethod
+    def load(cls, device: torch.device) -> "Selection":
+        """As SIGLIP_FAST_TUNE says, from the cache."""
+        if mode() == "off":
+            return cls({})
+        key = Key.of(device)
+        entries = read(key)
+        measured = any(is_measured(entry) for buckets in entries.values() for entry in buckets.values())
+        if not measured and device.type == "cuda":
+            _say_untuned(key.gpu)
+        return cls(entries)
+
+    def choice(
+        self, name: str, dims: tuple[int, ...], dtype: torch.dtype, rows: int, launch: str = "eager"
+    ) -> Choice:
+        """That of the nearest number of rows that was measured, if it is near; else DEFAULT. `launch`: of LAUNCHES."""
+        key = (name, dims, dtype, rows, launch)
+        found = self._memo.get(key)
+        if found is None:
+            found = self._memo[key] = self._find(Operation(name, dims, dtype), rows, launch)
+        return found
+
+    def reason(self, operation: Operation, rows: int, launch: str) -> str:
+        """Why `choice` answers as it does, in words."""
+        entry = self._nearest(operation, rows)
+        if entry is None:
+            return "built-in, not measured"
+        found = entry[launch]
+        if not found["route"]:
+            return f"built-in, nothing passed: {'; '.join(entry['dropped'].values())}"
+        times = found["microseconds"]
+        own = times[str(Choice(found["route"], found["config"]))]
+        vendor = min((t for name, t in times.items() if not name.startswith(DEFAULT.route)), default=None)
+        return f"measured: {own} µs" + (f", the vendor's best {vendor} µs" if vendor else "")
+
+    def _find(self, operation: Operation, rows: int, launch: str) -> Choice:
+        entry = self._nearest(operation, rows)
+        found = entry and entry[launch]
+        return Choice(found["route"], found["config"]) if found and found["route"] else DEFAULT
+
+    def _nearest(self, operation: Operation, rows: int) -> dict | None:
+        buckets = self._entries.get(str(operation), {})
+        # Both are powers of two, so the nearer one is the one with fewer bits of difference; of two, the larger.
+        wanted = bucket(rows).bit_length()
+        distances = {b: abs(int(b).bit_length() - wanted) for b in buckets}
+        nearest = min(buckets, key=lambda b: (distances[b], -int(b)), default=None)
+        return buckets[nearest] if nearest and distances[nearest] <= FARTHEST else None
+
+
+@functools.cache
+def source_hash() -> str:
+    """Of all that decides how an operation runs: kernels and routes."""
+    from siglip_fast import backends, kernels
+
+    files = [*Path(kernels.__file__).parent.glob("*.py"), *Path(backends.__file__).parent.glob("*.py")]
+    digest = hashlib.sha256()
+    for file in sorted(files, key=lambda file: (file.parent.name, file.name)):
+        digest.update(file.name.encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "none"
+
+
+@functools.cache
+def _driver() -> str:
+    for path in ("/proc/driver/nvidia/version", "/sys/module/amdgpu/version"):
+        try:
+            lines = Path(path).read_text().splitlines()
+        except OSError:
+            continue
+        if version := re.search(r"\d+\.\d+(\.\d+)*", lines[0] if lines else ""):
+            return version.group()
+    return "unknown"
+
+
+@functools.cache
+def _say_untuned(gpu: str) -> None:
+    logger.warning(
+        "no measured configurations for %s: running the built-in ones; `siglip-fast tune` measures them", gpu
+    )

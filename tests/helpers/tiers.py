@@ -1,0 +1,38 @@
+"""Which tests are too slow for every day: by file, a pattern of their names. They get the marker `gate`.
+
+`pytest` leaves them out, `.ci/run` and `pytest -m gate` run them. Before they were set apart `pytest` took 477 s with two
+workers (docs/tests.md has the slowest and their seconds); what stays proves each operation and backend, the drop-in,
+its weights, reasons and outputs, the commands and the swap.
+"""
+
+import re
+
+GATE = {
+    # Triton's interpreter on whole models and on the largest tiles; smaller ones of the same kind stay
+    "models/test_siglip.py": r"full_depth\[(triton|torch|cpu-avx2)|on_triton\[(?!base-patch32-256)|real_width\[triton"
+    r"|on_the_cpu\[(?!base-patch16-224|base-patch32|so400m-patch14-384)|deep_model\[triton",
+    "kernels/test_attention.py": r"triton-(so400m-384|so400m-448|giant)",
+    "kernels/test_attention_pool.py": r"triton-(So400m-384|B16-224)",
+    "kernels/test_layernorm_linear.py": r"fp(32|16)-triton-(so400m|giant|large)",
+    "kernels/test_linear_residual.py": r"fp(32|16)-triton-(so400m|giant|large)",
+    "kernels/test_configs.py": r"fp32",
+    "test_ops.py": r"fp32_dot_precision",
+    # other processes: compilers, torchrun, Ray, an interpreter for each recipe or command
+    "bench/test_static.py": r"test_(?!gate\[shipped)",
+    "models/test_distributed.py": r"",
+    "integrations/test_ray.py": r"",
+    "integrations/test_sentence_transformers.py": r"",
+    "test_recipes.py": r"--ray|test_runs\[(?!The drop-in)",
+    "tuning/test_tune.py": r"end_to_end|compile_ahead|two_at_once|hang|interrupted_by",
+    "models/test_swap.py": r"from_many_threads|TestRegister::test_(loaded|nothing_is_left)\[(?!siglip|paligemma)",
+    # torch.compile's own time
+    "running/test_traced.py": r"weights_changed_by_the_graph|frozen|triton|inference_mode",
+    "running/test_uint8.py": r"test_compiled\[(?!cpu\])",
+}
+
+
+def is_for_gate(nodeid: str) -> bool:
+    """`nodeid` as pytest has it: tests/FOLDER/FILE.py::NAME."""
+    path, _, name = nodeid.partition("::")
+    pattern = GATE.get(path.removeprefix("tests/"))
+    return pattern is not None and re.search(pattern, name) is not None
