@@ -177,9 +177,7 @@ def launches(gpu: Gpu, rows: list, model: str) -> list[Launch]:
             programs = -(-work.programs // gpu.sms)  # on the fullest SM
             cycles = pipe_cycles(work, row.code, gpu)
             pipes = {pipe: programs * n / (gpu.ghz * 1e3) for pipe, n in cycles.items() if n}
-            found.append(
-                Launch(row.kernel, row.shape, work.rows, count, roofline, pipes | {"memory": memory})
-            )
+            found.append(Launch(row.kernel, row.shape, work.rows, count, roofline, pipes | {"memory": memory}))
     return found
 
 

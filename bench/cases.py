@@ -30,9 +30,7 @@ _CPU = [
     ("so400m-patch14-384", 1, 5),
 ]
 CASES = {
-    ("cuda", "full"): [
-        Case(v, b, d) for v in _VARIANTS for b in (1, 8, 64, 256) for d in ("bfloat16", "float16")
-    ],
+    ("cuda", "full"): [Case(v, b, d) for v in _VARIANTS for b in (1, 8, 64, 256) for d in ("bfloat16", "float16")],
     ("cuda", "quick"): [Case(v, b, "bfloat16") for v, b in _QUICK],
     ("cpu", "full"): [Case(v, b, d, rounds) for v, b, rounds in _CPU for d in ("float32", "bfloat16")],
     ("cpu", "quick"): [Case("base-patch16-224", 1, "float32", rounds=3)],

@@ -9,16 +9,11 @@ import peers
 import torch
 
 import siglip_fast
-from siglip_fast.cli.info import version_of
 from siglip_fast.tuning import cache
+from siglip_fast.tuning.cache import version_of
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-_CLOCKS = {
-    "clocks.sm": "sm_mhz",
-    "clocks.mem": "memory_mhz",
-    "power.draw": "watts",
-    "temperature.gpu": "celsius",
-}
+_CLOCKS = {"clocks.sm": "sm_mhz", "clocks.mem": "memory_mhz", "power.draw": "watts", "temperature.gpu": "celsius"}
 _PACKAGES = ("torch", "triton", "transformers", "timm", "flash_attn", "onnxruntime", "openvino")
 
 
@@ -52,9 +47,7 @@ def _nvidia_smi(fields: str) -> list[str] | None:
     if DEVICE != "cuda":
         return None
     gpu = f"GPU-{torch.cuda.get_device_properties(0).uuid}"  # its index there is not ours under CUDA_VISIBLE_DEVICES
-    return _output(
-        "nvidia-smi", "-i", gpu, f"--query-gpu={fields}", "--format=csv,noheader,nounits", separator=", "
-    )
+    return _output("nvidia-smi", "-i", gpu, f"--query-gpu={fields}", "--format=csv,noheader,nounits", separator=", ")
 
 
 def _revision() -> str | None:

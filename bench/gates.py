@@ -35,12 +35,8 @@ class Exemption:
 
 
 EXEMPTIONS = [
-    Exemption(
-        "patch_embed", r"PATCH=14\b", "", 4, reason="a patch row is 14 pixels, a weight row 1176 bytes"
-    ),
-    Exemption(
-        "attention", r"HEAD_DIM=(72|96)\b", "", 4, reason="the second slice is too narrow for all threads"
-    ),
+    Exemption("patch_embed", r"PATCH=14\b", "", 4, reason="a patch row is 14 pixels, a weight row 1176 bytes"),
+    Exemption("attention", r"HEAD_DIM=(72|96)\b", "", 4, reason="the second slice is too narrow for all threads"),
     Exemption("pool", "", "sm_", tensor="HMMA", reason="M = 16 heads"),
     Exemption("value", "", "sm_", tensor="HMMA", reason="M = 16 images"),
     Exemption("pool", "", "gfx11", tensor="", reason="the fp32 scores: RDNA has no fp32 matrix instruction"),

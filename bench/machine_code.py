@@ -59,9 +59,7 @@ class MachineCode:
         return ", ".join(f"{n} × {width} B{'' if a else ' sync'}" for (width, a), n in widest_first)
 
     def narrowest_load_in_loops(self) -> int:
-        return min(
-            (load_bytes(op) for loop in self.loops for op in loop if _GLOBAL_LOAD.match(op)), default=16
-        )
+        return min((load_bytes(op) for loop in self.loops for op in loop if _GLOBAL_LOAD.match(op)), default=16)
 
 
 def inspect(kernel) -> MachineCode:

@@ -93,6 +93,4 @@ def expected(case: Case, operation: str) -> Tensor:
     arguments = list(inputs(wanted, torch.device(DEVICE)))
     for i in (0, 2) if wanted.operation.name == "linear_residual" else (0,):
         arguments[i] = ends(arguments[i], case)
-    return plain_result(
-        wanted, tree_map(lambda x: x.double() if isinstance(x, Tensor) else x, tuple(arguments))
-    )
+    return plain_result(wanted, tree_map(lambda x: x.double() if isinstance(x, Tensor) else x, tuple(arguments)))

@@ -54,9 +54,7 @@ def sdpa_contiguous(config, dtype, pixels):
 
 
 def flash_attention_2(config, dtype, pixels):
-    if not importlib.util.find_spec(
-        "flash_attn"
-    ):  # before transformers looks for a kernel on the Hub instead
+    if not importlib.util.find_spec("flash_attn"):  # before transformers looks for a kernel on the Hub instead
         raise Missing("flash_attn is not installed")
     return stock_peer(config, dtype, pixels, "flash_attention_2")
 
@@ -227,11 +225,6 @@ _COMPILED = {
 PEERS = {
     "cpu": _OURS
     | _STOCK
-    | {
-        "torch.compile, freezing": compiled_freezing,
-        "timm": timm,
-        "onnxruntime": onnxruntime,
-        "OpenVINO": openvino,
-    },
+    | {"torch.compile, freezing": compiled_freezing, "timm": timm, "onnxruntime": onnxruntime, "OpenVINO": openvino},
     "cuda": _OURS | _STOCK | {"flash_attention_2": flash_attention_2, "timm": timm} | _COMPILED,
 }

@@ -12,18 +12,7 @@ from results import entered, grouped, ratio, union  # noqa: E402
 
 _OURS, _PEER = "tab:orange", "tab:gray"
 _WARM = ["tab:orange", "tab:red", "gold", "firebrick"]  # ours
-_COOL = [
-    "black",
-    "dimgray",
-    "darkgray",
-    "tab:blue",
-    "tab:cyan",
-    "tab:purple",
-    "tab:green",
-    "olive",
-    "navy",
-    "teal",
-]
+_COOL = ["black", "dimgray", "darkgray", "tab:blue", "tab:cyan", "tab:purple", "tab:green", "olive", "navy", "teal"]
 
 
 def draw(results: list[dict], folder: Path) -> list[str]:
@@ -95,9 +84,7 @@ def _kernels(results: list[dict]) -> plt.Figure:
         values = dict.fromkeys(names, math.nan)
         for r in group:
             routes = [f["milliseconds"] for name, f in r["candidates"].items() if name != "siglip_fast"]
-            values[r["operation"]] = (
-                min(routes, default=math.nan) / r["candidates"]["siglip_fast"]["milliseconds"]
-            )
+            values[r["operation"]] = min(routes, default=math.nan) / r["candidates"]["siglip_fast"]["milliseconds"]
         _bars(axis, names, list(values.values()), [_PEER if v < 1 else _OURS for v in values.values()])
     figure.supxlabel("time of torch's fastest route ÷ ours (grey: torch is faster)", fontsize="medium")
     return figure

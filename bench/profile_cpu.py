@@ -68,8 +68,7 @@ def main() -> None:
     needed["all"] = sum(needed.values())
     medians = {label: 1e3 * statistics.median(values) for label, values in runs.items()}
     print(
-        f"{arguments.variant}, batch {arguments.batch_size}, {arguments.dtype}, backend {arguments.backend}, ",
-        end="",
+        f"{arguments.variant}, batch {arguments.batch_size}, {arguments.dtype}, backend {arguments.backend}, ", end=""
     )
     print(f"{torch.get_num_threads()} threads; best GEMM {peak:.0f} GFLOP/s\n")
     print("| operation | ms | % | GFLOP/s | % of the best GEMM |\n|---|---|---|---|---|")

@@ -46,9 +46,7 @@ def rows(results: list[dict]) -> list[dict]:
         for name, figures in result["candidates"].items():
             compared = {"candidate": name, **figures, "ours_is_times_faster": round(ratio(result, name), 3)}
             flat.append(case | compared | where)
-        flat += [
-            case | {"candidate": name, "missing": why} | where for name, why in result["missing"].items()
-        ]
+        flat += [case | {"candidate": name, "missing": why} | where for name, why in result["missing"].items()]
     return flat
 
 

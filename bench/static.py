@@ -141,9 +141,7 @@ def describe(arch: str, dtype: str, function: JITFunction, arguments: dict, kern
     name = function.__name__.removesuffix("_kernel").strip("_")
     constants = {p.name for p in function.params if p.is_constexpr} & set(SHAPE)
     shape = " ".join(f"{key}={int(arguments[key])}" for key in SHAPE if key in constants)
-    config = {
-        k: v for k, v in arguments.items() if k.startswith(("BLOCK_", "GROUP_", "num_", "SPLIT_K", "TMA"))
-    }
+    config = {k: v for k, v in arguments.items() if k.startswith(("BLOCK_", "GROUP_", "num_", "SPLIT_K", "TMA"))}
     if isinstance(kernel, NotCompiled):
         return Row(arch, dtype, name, shape, config, None, kernel.reason)
     return Row(arch, dtype, name, shape, config, inspect(kernel))

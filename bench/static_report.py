@@ -58,9 +58,7 @@ def summary(rows: list[Row]) -> list[str]:
 
 
 def shown(rows: list[Row], arch: str, model: str) -> list[Row]:
-    return [
-        row for row in rows if row.code and (row.arch, row.dtype) == (arch, "bf16") and model in row.calls
-    ]
+    return [row for row in rows if row.code and (row.arch, row.dtype) == (arch, "bf16") and model in row.calls]
 
 
 def bounds(rows: list[Row]) -> list[tuple[bound.Gpu, str, list[bound.Launch]]]:
@@ -102,12 +100,7 @@ def markdown(rows: list[Row], batch: int, command: str) -> str:
         for model in SHOWN if arch in ("sm_80", "sm_90") else ():
             if chosen := shown(rows, arch, model):
                 lines += ["", f"## {model} on {arch}, bf16", "", *table(chosen)]
-    lines += [
-        "",
-        "## Lower bounds, uncalibrated, no GPU was involved",
-        "",
-        *bound.__doc__.strip().split("\n")[2:],
-    ]
+    lines += ["", "## Lower bounds, uncalibrated, no GPU was involved", "", *bound.__doc__.strip().split("\n")[2:]]
     for gpu, model, launches in bounds(rows):
         lines += ["", f"### {model} on {gpu.name}, bf16, batch {batch}", "", *bound_table(launches, batch)]
     return "\n".join(lines) + "\n"
@@ -123,9 +116,7 @@ def bound_table(launches: list[bound.Launch], batch: int) -> list[str]:
         "|---|---|---|---|---|---|---|",
     ]
     for launch in launches:
-        busiest = sorted(((us / launch.compiled, pipe) for pipe, us in launch.pipes.items()), reverse=True)[
-            :4
-        ]
+        busiest = sorted(((us / launch.compiled, pipe) for pipe, us in launch.pipes.items()), reverse=True)[:4]
         lines.append(
             f"| {launch.kernel} | {launch.shape} | {launch.count} | {launch.roofline:.1f} | {launch.compiled:.1f} | "
             f"{launch.binds} | {', '.join(f'{pipe} {100 * share:.0f}' for share, pipe in busiest)} |"
@@ -143,12 +134,7 @@ def as_json(rows: list[Row], batch: int, command: str) -> str:
         for launch in launches:
             pipes = {pipe: round(us, 2) for pipe, us in launch.pipes.items()}
             times = {"roofline_us": round(launch.roofline, 2), "compiled_us": round(launch.compiled, 2)}
-            call = {
-                "kernel": launch.kernel,
-                "shape": launch.shape,
-                "rows": launch.rows,
-                "launches": launch.count,
-            }
+            call = {"kernel": launch.kernel, "shape": launch.shape, "rows": launch.rows, "launches": launch.count}
             predictions.append(where | call | times | {"binds": launch.binds, "pipes_us": pipes})
     kernels = [
         {k: getattr(row, k) for k in ("arch", "dtype", "kernel", "shape", "config")}

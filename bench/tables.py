@@ -63,21 +63,14 @@ def model_tables(results: list[dict]) -> list[str]:
     """One a model and dtype: a row a candidate, a column a batch size."""
     lines = []
     for (model, dtype), group in grouped(results, "model", "dtype").items():
-        lines += [
-            "",
-            f"### {model}, {dtype}",
-            "",
-            header("images/s", [f"B = {r['batch_size']}" for r in group]),
-        ]
+        lines += ["", f"### {model}, {dtype}", "", header("images/s", [f"B = {r['batch_size']}" for r in group])]
         for name in entered(group):
             lines.append(line(name, [cell(r, name) for r in group]))
         best = [fastest_of_ours(r) for r in group]
         figures = [r["candidates"][name] for r, name in zip(group, best, strict=True)]
         lines.append(line("*fastest of ours*", best))
         lines.append(line("*its TFLOP/s*", [f"{f['tflops']:.4g}" for f in figures]))
-        lines.append(
-            line("*its share of the matmul peak*", [f"{f['percent_of_peak']:.0f} %" for f in figures])
-        )
+        lines.append(line("*its share of the matmul peak*", [f"{f['percent_of_peak']:.0f} %" for f in figures]))
         lines.append(line("*the matmul peak, TFLOP/s*", [f"{r['matmul_peak_tflops']:.4g}" for r in group]))
     return lines
 
@@ -109,9 +102,7 @@ def errors(results: list[dict]) -> list[str]:
     for r in results:
         found = {name: figures["relative_error"] for name, figures in r["candidates"].items()}
         ours = max(error for name, error in found.items() if name.startswith("siglip_fast"))
-        others = max(
-            (error for name, error in found.items() if not name.startswith("siglip_fast")), default=0
-        )
+        others = max((error for name, error in found.items() if not name.startswith("siglip_fast")), default=0)
         case = f"{r['model']}, {r['batch_size']}, {r['dtype']}"
         lines.append(line(case, [f"{ours:.1e}", f"{others:.1e}"]))
     return lines
@@ -126,9 +117,7 @@ def kernel_tables(results: list[dict]) -> list[str]:
         for r in group:
             cells = [cell(r, name, "milliseconds", 1e3) for name in names]
             ours = r["candidates"]["siglip_fast"]
-            rates = (
-                [f"{ours['tflops']:.3g}", f"{ours['percent_of_peak']:.0f}"] if ours["tflops"] else ["–", "–"]
-            )
+            rates = [f"{ours['tflops']:.3g}", f"{ours['percent_of_peak']:.0f}"] if ours["tflops"] else ["–", "–"]
             lines.append(line(r["operation"], [*cells, *rates, number(r["mb"] / ours["milliseconds"])]))
     return lines
 

@@ -56,10 +56,7 @@ def _graph_turn(call: operations.Call, seconds: Callable) -> rounds.Turn:
     cache = 3 * torch.cuda.get_device_properties(0).L2_cache_size
     copies = min(64, math.ceil(cache / size(arguments)))
     calls = max(copies, min(64, math.ceil(LEAST_SECONDS / once)))
-    sets = [
-        tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, arguments)
-        for _ in range(copies)
-    ]
+    sets = [tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, arguments) for _ in range(copies)]
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for own in itertools.islice(itertools.cycle(sets), calls):

@@ -35,9 +35,7 @@ def makers(case: cases.Case, config, dtype, pixels) -> dict:
                 compile_seconds += time.perf_counter() - start
         return run
 
-    return {
-        name: functools.partial(make, name, peer) for name, peer in peers.PEERS[pixels.device.type].items()
-    }
+    return {name: functools.partial(make, name, peer) for name, peer in peers.PEERS[pixels.device.type].items()}
 
 
 def agreement(config, pixels):

@@ -162,10 +162,7 @@ TILES = [
     (128, 64, 8, 3),
     (128, 128, 8, 2),
 ]
-FP32_TILES = [
-    (32, 16, 8, 2),
-    (16, 16, 4, 2),
-]  # the others tried spill on sm_90 for one head_dim of 64, 72 and 96
+FP32_TILES = [(32, 16, 8, 2), (16, 16, 4, 2)]  # the others tried spill on sm_90 for one head_dim of 64, 72 and 96
 
 
 def attention_configs(dtype: torch.dtype, head_dim: int, arch: str) -> list[dict[str, int]]:

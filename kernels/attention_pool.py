@@ -157,9 +157,7 @@ def attention_pool_configs(dtype: torch.dtype) -> list[dict[str, dict[str, int]]
         {"BLOCK_N": n, "BLOCK_K": k, "BLOCK_D": d, "num_warps": warps, "num_stages": stages}
         for n, k, d, warps, stages in POOL_TILES
     ]
-    values = [
-        {"BLOCK_M": m, "BLOCK_K": k, "num_warps": 4, "num_stages": stages} for m, k, stages in VALUE_TILES
-    ]
+    values = [{"BLOCK_M": m, "BLOCK_K": k, "num_warps": 4, "num_stages": stages} for m, k, stages in VALUE_TILES]
     return [default, *(default | {"pool": p} for p in pools), *(default | {"value": v} for v in values)]
 
 

@@ -138,18 +138,10 @@ FP32_TILES = [
     (32, 64, 32, 4, 3),
     (16, 64, 32, 4, 3),
 ]
-TMA_TILES = [
-    (128, 128, 64, 8, 3),
-    (128, 128, 64, 8, 4),
-    (128, 64, 64, 4, 4),
-    (64, 128, 64, 4, 4),
-    (64, 64, 64, 4, 4),
-]
+TMA_TILES = [(128, 128, 64, 8, 3), (128, 128, 64, 8, 4), (128, 64, 64, 4, 4), (64, 128, 64, 4, 4), (64, 64, 64, 4, 4)]
 
 
-def gemm_tile(
-    BLOCK_M: int, BLOCK_N: int, BLOCK_K: int, num_warps: int, num_stages: int, **more: int
-) -> dict[str, int]:
+def gemm_tile(BLOCK_M: int, BLOCK_N: int, BLOCK_K: int, num_warps: int, num_stages: int, **more: int) -> dict[str, int]:
     tile = {"BLOCK_M": BLOCK_M, "BLOCK_N": BLOCK_N, "BLOCK_K": BLOCK_K, "GROUP_M": 8}
     return tile | {"num_warps": num_warps, "num_stages": num_stages} | more
 

@@ -14,9 +14,7 @@ MOMENT_BLOCK = tl.constexpr(64)
 
 
 @triton.jit
-def write_moments(
-    moments_ptr, x, rows, columns, M, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
-):
+def write_moments(moments_ptr, x, rows, columns, M, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """Write the moments of the fp32 tile `x [BLOCK_M, BLOCK_N]`; BLOCK_N is a multiple of 64."""
     BLOCKS: tl.constexpr = BLOCK_N // MOMENT_BLOCK
     ROW_BLOCKS: tl.constexpr = (D + MOMENT_BLOCK - 1) // MOMENT_BLOCK

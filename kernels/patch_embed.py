@@ -48,9 +48,7 @@ def _patch_embed_kernel(
     column = tl.minimum(columns, D - 1)
     token = row % tokens
     # [BLOCK_M]: where each patch begins
-    patch = (
-        row // tokens * stride_b + token // grid_w * (PATCH * stride_h) + token % grid_w * (PATCH * STRIDE_W)
-    )
+    patch = row // tokens * stride_b + token // grid_w * (PATCH * stride_h) + token % grid_w * (PATCH * STRIDE_W)
     acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
     for start in range(0, K, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)

@@ -53,10 +53,7 @@ CONFIG = {"BLOCK_M": 8, "BLOCK_N": 128, "num_warps": 4}
 
 
 def residual_epilogue(
-    partials: torch.Tensor,
-    bias: torch.Tensor | None,
-    residual: torch.Tensor | None,
-    dtype: torch.dtype,
+    partials: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor | None, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`[S, ..., N]` → `[..., N]` in `dtype` and its moments. Where there is nothing to do, out is partials[0] itself."""
     S, N = partials.shape[0], partials.shape[-1]

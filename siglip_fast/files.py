@@ -12,11 +12,8 @@ from .errors import UserError
 
 @contextlib.contextmanager
 def atomic(path: Path) -> Iterator[BinaryIO]:
-    """A file to write that replaces `path` when the block ends, or vanishes if that raises.
-
-    Raises:
-        UserError: `path` is a folder, or its folder does not exist.
-    """
+    """A file to write that replaces `path` when the block ends, or vanishes if that raises. Raises UserError where
+    `path` is a folder, or its folder does not exist."""
     if path.is_dir():
         raise UserError(f"{path} is a folder")
     if not path.parent.is_dir():

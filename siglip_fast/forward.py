@@ -48,31 +48,11 @@ def forward(
 
     `collect` is called with the residual stream `[B, N, D]` before the first layer and after each.
     """
-    images, on_cpu = len(pixel_values), pixel_values.device.type == "cpu"
-    if on_cpu and collect is None and (rows := ops.rows_at_once):
-        images = max(1, rows // len(position))
-    if len(pixel_values) > images:
-        parts = pixel_values.tensor_split(-(-len(pixel_values) // images))
-        outputs = [_forward(ops, weights, part, position, _ignore) for part in parts]
-        last_hidden_states, pooler_outputs = zip(*outputs, strict=True)
-        return torch.cat(last_hidden_states), None if weights.head is None else torch.cat(pooler_outputs)
-    return _forward(ops, weights, pixel_values, position, collect or _ignore)
-
-
-def forward_in_autocast(ops: Ops, weights: TowerWeights, pixel_values: Tensor, *args, **kwargs) -> Outputs:
-    """`forward` inside torch.autocast, on weights of its dtype. As there the residual stream, which takes the dtype of
-    `position`, and last_hidden_state are float32; pooler_output, which linears compute, has autocast's dtype."""
-    with torch.autocast(pixel_values.device.type, enabled=False):  # the operations choose their own dtypes
-        return forward(ops, weights, pixel_values, *args, **kwargs)
-
-
-def _forward(
-    ops: Ops,
-    weights: TowerWeights,
-    pixel_values: Tensor,
-    position: Tensor,
-    collect: Callable[[Tensor], None],
-) -> Outputs:
+    if collect is None:
+        if parts := _parts(ops, pixel_values, len(position)):
+            hidden, pooled = zip(*(forward(ops, weights, part, position) for part in parts), strict=True)
+            return torch.cat(hidden), None if weights.head is None else torch.cat(pooled)
+        collect = collect or (lambda hidden_states: None)
     x, m = ops.patch_embed(pixel_values, weights.patch, position)
     collect(x)
     for layer in weights.layers:
@@ -93,11 +73,22 @@ def _forward(
     return y, p
 
 
+def forward_in_autocast(ops: Ops, weights: TowerWeights, pixel_values: Tensor, *args, **kwargs) -> Outputs:
+    """`forward` inside torch.autocast, on weights of its dtype. As there the residual stream, which takes the dtype of
+    `position`, and last_hidden_state are float32; pooler_output, which linears compute, has autocast's dtype."""
+    with torch.autocast(pixel_values.device.type, enabled=False):  # the operations choose their own dtypes
+        return forward(ops, weights, pixel_values, *args, **kwargs)
+
+
+def _parts(ops: Ops, pixel_values: Tensor, tokens: int) -> list[Tensor] | None:
+    """The batch cut up, where the backend is slower with all of it together."""
+    if pixel_values.device.type != "cpu" or not (rows := ops.rows_at_once):
+        return None
+    count = -(-len(pixel_values) // max(1, rows // tokens))
+    return pixel_values.tensor_split(count) if count > 1 else None
+
+
 def _fc1(ops: Ops, x: Tensor, m: Tensor | None, linear: NormedLinear, exact_gelu: bool) -> Tensor:
     if exact_gelu:  # not SigLIP's, but many a timm model's; as there in a pass of its own
         return F.gelu(ops.layernorm_linear(x, m, linear))
     return ops.layernorm_linear(x, m, linear, gelu=True)
-
-
-def _ignore(hidden_states: Tensor) -> None:
-    pass

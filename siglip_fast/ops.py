@@ -140,9 +140,7 @@ class Ops:
         _check_like("qkv", qkv)
         return self._module.attention(qkv.contiguous())
 
-    def linear_residual(
-        self, x: Tensor, linear: Linear, residual: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
+    def linear_residual(self, x: Tensor, linear: Linear, residual: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """`x·Wᵀ + b + residual` and the moments of the result: `[..., in]`, `[..., out]` → `[..., out]` in residual's dtype."""
         check_shape("x", x, (..., linear.weight.shape[1]))
         check_shape("bias", linear.bias, (linear.weight.shape[0],))

@@ -13,15 +13,13 @@ os.environ.pop("PYTEST_ADDOPTS", None)  # is for this pytest, not for those that
 torch.backends.cudnn.allow_tf32 = False  # stock's convolution would be good for 1e-3 only
 
 with torch.device("meta"):
-    torch.empty(
-        0
-    )  # torch lists the functions that a device context concerns now, and not while one is replaced below
+    torch.empty(0)  # torch lists the functions that a device context concerns now, and not while one is replaced below
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m looks at the markers
 def pytest_collection_modifyitems(items):
     for item in items:
-        if is_for_gate(item.nodeid):
+        if is_for_gate(item.nodeid) and not item.get_closest_marker("slow"):
             item.add_marker("gate")
 
 

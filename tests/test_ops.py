@@ -123,15 +123,7 @@ print(precision(torch.float32), precision(torch.bfloat16))
 
 @pytest.mark.parametrize(
     "head_dim, widths",
-    [
-        (64, (64, 0)),
-        (72, (64, 16)),
-        (96, (64, 32)),
-        (80, (64, 16)),
-        (128, (128, 0)),
-        (8, (16, 0)),
-        (24, (16, 16)),
-    ],
+    [(64, (64, 0)), (72, (64, 16)), (96, (64, 32)), (80, (64, 16)), (128, (128, 0)), (8, (16, 0)), (24, (16, 16))],
 )
 def test_head_slices_cover_head_dim(head_dim, widths, device):
     from siglip_fast.kernels.attention import head_slices

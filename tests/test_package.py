@@ -75,9 +75,7 @@ print(siglip_fast.kernels.__file__, spec and spec.origin)
 def test_wheel(tmp_path):
     """Built from the checkout; needs the network for setuptools unless it is installed."""
     subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", "--no-deps", "-w", tmp_path, str(ROOT)],
-        check=True,
-        cwd=tmp_path,
+        [sys.executable, "-m", "pip", "wheel", "--no-deps", "-w", tmp_path, str(ROOT)], check=True, cwd=tmp_path
     )
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()

@@ -1,4 +1,5 @@
-"""README.md's Python is run as it stands there, each section in a process of its own, and so are its embed commands.
+"""The Python of README.md and docs/ is run as it stands there, each section in a process of its own, and so are its embed
+commands.
 
 The blocks of a section are one program. What they take for granted (inputs, a model from further up) is in RECIPES; a
 section that is missing there fails. Checkpoints of the Hub are replaced by a tiny one; others cannot be found, offline.
@@ -20,12 +21,10 @@ from checkpoints import save_tiny_paligemma, save_tiny_siglip
 from PIL import Image
 from pyarrow import parquet
 
-TESTS = str(Path(__file__).parent)
-README = Path(__file__).parents[1] / "README.md"
-CHECKPOINTS = {
-    "google/siglip-base-patch16-224": save_tiny_siglip,
-    "google/paligemma2-3b-mix-224": save_tiny_paligemma,
-}
+HELPERS = str(Path(__file__).parent / "helpers")
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *(ROOT / "docs" / f"{page}.md" for page in ("swap", "embedding", "gpu"))]
+CHECKPOINTS = {"google/siglip-base-patch16-224": save_tiny_siglip, "google/paligemma2-3b-mix-224": save_tiny_paligemma}
 
 
 class Recipe(NamedTuple):
@@ -36,32 +35,37 @@ class Recipe(NamedTuple):
 
 
 RECIPES = {
-    "The drop-in": Recipe(
+    "From image files to embeddings": Recipe(
+        after="""
+with torch.no_grad():
+    assert model.why_not(**pixels) is None
+assert embeddings.shape == (2, 64)
+"""
+    ),
+    "Images as bytes": Recipe(
         before="""
 import torch
-pixel_values = torch.rand(2, 3, 24, 24)
+from siglip_fast import SiglipVisionModel
+model = SiglipVisionModel.from_pretrained("google/siglip-base-patch16-224")
 images = torch.randint(0, 256, (2, 3, 24, 24), dtype=torch.uint8)
-torch.set_grad_enabled(False)
 """,
-        after="""
-assert model.why_not(pixel_values) is None
-assert output.pooler_output.shape == (2, 64)
-""",
+        after="assert output.pooler_output.shape == (2, 64)",
+    ),
+    "In a model that holds a SigLIP tower": Recipe(
+        after="assert [tower.fast for tower in siglip_fast.towers(model)] == [False]"
     ),
     "In models that hold a SigLIP tower": Recipe(
         after="""
 assert [tower.fast for tower in siglip_fast.towers(model)] == [False]
 siglip_fast.apply_to(model)
 assert [tower.fast for tower in siglip_fast.towers(model)] == [True]
-""",
+"""
     ),
-    "Before models are built": Recipe(
-        after="assert [tower.fast for tower in siglip_fast.towers(model)] == [True]",
-    ),
+    "Before models are built": Recipe(after="assert [tower.fast for tower in siglip_fast.towers(model)] == [True]"),
     "timm and open_clip": Recipe(
         before="""
 import sys
-sys.path.insert(0, TESTS)
+sys.path.insert(0, HELPERS)
 from without_torchvision import torchvision_or_empty_modules
 with torchvision_or_empty_modules():
     import timm
@@ -129,7 +133,8 @@ def checkpoints(tmp_path_factory) -> dict[str, Path]:
     return folders
 
 
-BLOCKS = sections(README.read_text(encoding="utf-8"))
+TEXT = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
+BLOCKS = sections(TEXT)
 
 
 def test_every_section_has_its_stand_ins():
@@ -142,29 +147,28 @@ def test_runs(heading, checkpoints, tmp_path):
     for package in recipe.requires:
         if importlib.util.find_spec(package) is None:
             pytest.skip(f"{package} is not installed")
-    code = "\n".join([recipe.before.replace("TESTS", repr(TESTS)), *BLOCKS[heading], recipe.after])
+    code = "\n".join([recipe.before.replace("HELPERS", repr(HELPERS)), *BLOCKS[heading], recipe.after])
     for name, folder in checkpoints.items():
         code = code.replace(f'"{name}"', repr(str(folder)))
     if not torch.cuda.is_available():
         code = raises_without_gpu(code, recipe.gpu_lines)
+    (tmp_path / "docs").symlink_to(ROOT / "docs")  # whose pictures are read
     script = tmp_path / "recipe.py"
     script.write_text(code, encoding="utf-8")
     offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "SIGLIP_FAST_CACHE_DIR": str(tmp_path)}
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | offline
-    done = subprocess.run(
-        [sys.executable, str(script)], cwd=tmp_path, env=environment, capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, str(script)], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, f"{code}\n{done.stderr}"
 
 
 def test_sections_are_told_apart():
-    markdown = "# A\n```python\na\n# no heading\n```\n## B\n```bash\n# b\n```\n### C\n```py\nc\n```\n```python\nd\n```\n"
+    markdown = (
+        "# A\n```python\na\n# no heading\n```\n## B\n```bash\n# b\n```\n### C\n```py\nc\n```\n```python\nd\n```\n"
+    )
     assert sections(markdown) == {"A": ["a\n# no heading\n"], "C": ["c\n", "d\n"]}
 
 
-@pytest.mark.parametrize(
-    "line", re.findall(r"^siglip-fast embed .*$", README.read_text("utf-8"), re.MULTILINE)
-)
+@pytest.mark.parametrize("line", dict.fromkeys(re.findall(r"^siglip-fast embed .*$", TEXT, re.MULTILINE)))
 def test_embed_lines(line, checkpoints, tmp_path):
     """Run as they stand there, with a tiny checkpoint and a few images."""
     if "--ray" in line:
@@ -176,13 +180,9 @@ def test_embed_lines(line, checkpoints, tmp_path):
         (tmp_path / folder).mkdir(parents=True)
         Image.new("RGB", (40, 30), "red").save(tmp_path / folder / "image.jpg")
         encoded.append((tmp_path / folder / "image.jpg").read_bytes())
-    parquet.write_table(
-        pa.table({"path": ["a", "b", "c"], "image": encoded}), tmp_path / "data" / "x.parquet"
-    )
+    parquet.write_table(pa.table({"path": ["a", "b", "c"], "image": encoded}), tmp_path / "data" / "x.parquet")
     script = "import sys; from siglip_fast.cli.main import main; sys.exit(main(sys.argv[1:]))"
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"HF_HUB_OFFLINE": "1"}
-    subprocess.run(
-        [sys.executable, "-c", script, *shlex.split(line)[1:]], cwd=tmp_path, env=environment, check=True
-    )
+    subprocess.run([sys.executable, "-c", script, *shlex.split(line)[1:]], cwd=tmp_path, env=environment, check=True)
     (out,) = tmp_path.glob("embeddings*")
     assert parquet.read_table(out).num_rows == (3 if "--ray" in line else 2)

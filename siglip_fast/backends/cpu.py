@@ -63,9 +63,7 @@ def _isa(weight: Tensor) -> str | None:
         return None
     capability = torch.backends.cpu.get_cpu_capability()
     if capability.startswith("AVX512"):
-        has_kernel = dtype == torch.float32 or (
-            dtype == torch.bfloat16 and _mkldnn._is_mkldnn_bf16_supported()
-        )
+        has_kernel = dtype == torch.float32 or (dtype == torch.bfloat16 and _mkldnn._is_mkldnn_bf16_supported())
         return "AVX512" if has_kernel else None
     return "AVX2" if capability == "AVX2" and dtype == torch.float32 else None
 

@@ -87,9 +87,7 @@ def _compiled_for(dtype: torch.dtype, *shape: int) -> Callable[[Tensor], Tensor]
     return _compiled.get(key)
 
 
-def _compile(
-    dtype: torch.dtype, B: int, N: int, blocks: int, H: int, d: int
-) -> Callable[[Tensor], Tensor] | None:
+def _compile(dtype: torch.dtype, B: int, N: int, blocks: int, H: int, d: int) -> Callable[[Tensor], Tensor] | None:
     n = N // blocks
     running = threading.Lock()  # Static Runtime computes one call at a time, and holds the GIL meanwhile
 
@@ -128,9 +126,7 @@ def _graph(dtype: str, B: int, n: int, N: int, H: int, d: int) -> "torch._C.Grap
             return (%out)
     """)
     graph = torch._C.Graph()
-    group = graph.create(
-        "prim::oneDNNFusionGroup", [graph.addInput(name) for name in ("q", "k", "v", "scale")], 1
-    )
+    group = graph.create("prim::oneDNNFusionGroup", [graph.addInput(name) for name in ("q", "k", "v", "scale")], 1)
     group.g_("Subgraph", subgraph)
     group.is_("output_layouts", [0])  # strided as its type says, not a layout of oneDNN's choice
     graph.insertNode(group)

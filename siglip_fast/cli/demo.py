@@ -12,18 +12,18 @@ import time
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import BinaryIO
+
+import numpy as np
+import torch
+import transformers
+from PIL import Image, ImageOps
+from transformers import SiglipVisionModel
+from transformers.modeling_outputs import BaseModelOutputWithPooling as Outputs
 
 from ..errors import UserError
 from ..feed.loading import load_model, load_processor, pick_device, pixel_values, route
 from ..files import atomic
-
-if TYPE_CHECKING:
-    import numpy as np
-    import torch
-    from PIL.Image import Image
-    from transformers import SiglipVisionModel
-    from transformers.modeling_outputs import BaseModelOutputWithPooling as Outputs
 
 # in scikit-image's wheel: nothing is downloaded
 PHOTOS = ("astronaut", "coffee", "rocket", "retina")
@@ -34,8 +34,6 @@ ATTENTIONS = ("sdpa", "eager")  # of stock: its default, and the one written out
 
 def run(args: Namespace) -> int:
     """The subcommand: 0 if the two models agree, 1 if they do not."""
-    import torch
-
     out = Path(args.out)
     if out.suffix != ".png":
         raise UserError(f"--out {out}: expected the name of a .png file")
@@ -66,33 +64,27 @@ def run(args: Namespace) -> int:
     return 0 if agree else 1
 
 
-def load_photos() -> "dict[str, Image]":
+def load_photos() -> dict[str, Image.Image]:
     """The photographs, cut to their middle square."""
     try:
         import matplotlib  # noqa: F401 - missing, it should be missed now and not after the work
         from skimage import data
     except ImportError as error:
         raise UserError(f"the demo needs {error.name}: pip install -e '.[demo]' in the checkout") from error
-    from PIL import Image, ImageOps
-
     photos = {name: Image.fromarray(getattr(data, name)()) for name in PHOTOS}
     return {name: ImageOps.fit(photo, (min(photo.size),) * 2) for name, photo in photos.items()}
 
 
-def stock_twin(model: "SiglipVisionModel", attention: str) -> "SiglipVisionModel":
+def stock_twin(model: SiglipVisionModel, attention: str) -> SiglipVisionModel:
     """The stock model on the very parameters of `model`, with the attention implementation of that name."""
-    import transformers
-
     stock = transformers.SiglipVisionModel(copy.deepcopy(model.config)).to(model.device)
     stock.set_attn_implementation(attention)
     stock.load_state_dict(model.state_dict(), assign=True)
     return stock.eval()
 
 
-def measure(runs: dict[str, Callable[[], object]], device: "torch.device") -> dict[str, list[float]]:
+def measure(runs: dict[str, Callable[[], object]], device: torch.device) -> dict[str, list[float]]:
     """Seconds of REPEATS calls of each of `runs`. They take turns: a busy machine is unfair to none."""
-    import torch
-
     seconds: dict[str, list[float]] = {label: [] for label in runs}
     for _ in range(REPEATS):
         for label, run in runs.items():
@@ -109,16 +101,12 @@ def print_speeds(seconds: dict[str, list[float]], images: int) -> None:
     ours = statistics.median(seconds["siglip_fast"])
     for label, times in seconds.items():
         median, slowest, fastest = (images / f(times) for f in (statistics.median, max, min))
-        ratio = (
-            "" if label == "siglip_fast" else f"   siglip_fast: {statistics.median(times) / ours:.2f} times"
-        )
-        print(f"  {label}  {median:8.2f}  ({slowest:.2f} to {fastest:.2f}){ratio}")
+        ratio = "" if label == "siglip_fast" else f"   siglip_fast: {statistics.median(times) / ours:.2f} times"
+        print(f"  {label:<11}{median:10.2f}  ({slowest:.2f} to {fastest:.2f}){ratio}")
 
 
-def compare(names: list[str], expected: "Outputs", got: "Outputs") -> tuple[str, bool]:
+def compare(names: list[str], expected: Outputs, got: Outputs) -> tuple[str, bool]:
     """A table of how far `got` is from `expected` for each image, and whether all is within TOLERANCE."""
-    import torch
-
     keys = [key for key in ("pooler_output", "last_hidden_state") if expected.get(key) is not None]
     lines = [" " * 12 + "".join(f"{key:>26}" for key in keys)]
     lines.append(f"{'photo':<12}" + f"{'cosine':>14}{'max |diff|':>12}" * len(keys))
@@ -134,12 +122,9 @@ def compare(names: list[str], expected: "Outputs", got: "Outputs") -> tuple[str,
     return "\n".join(lines), agree
 
 
-def draw(
-    file: BinaryIO, photos: "dict[str, Image]", stock: "torch.Tensor", ours: "torch.Tensor", title: str
-) -> None:
+def draw(file: BinaryIO, photos: dict[str, Image.Image], stock: torch.Tensor, ours: torch.Tensor, title: str) -> None:
     """A PNG of three rows: the photographs, and the tokens `[images, N, D]` of siglip_fast and of stock."""
     from matplotlib.figure import Figure
-    from PIL import Image
 
     figure = Figure(figsize=(3 * len(photos), 10.2), layout="constrained")
     axes = figure.subplots(3, len(photos))
@@ -159,13 +144,11 @@ def draw(
     figure.savefig(file, format="png", dpi=100)
 
 
-def principal_colors(stock: "torch.Tensor", ours: "torch.Tensor") -> "list[np.ndarray]":
+def principal_colors(stock: torch.Tensor, ours: torch.Tensor) -> list[np.ndarray]:
     """Tokens `[N, D]` as images `[√N, √N, 3]`, ours and stock's.
 
     Both by the components and the scale of stock's tokens, so that equal tokens look equal.
     """
-    import torch
-
     mean = stock.mean(0)
     components = torch.linalg.svd(stock - mean, full_matrices=False).Vh[:3].T
     low, high = torch.quantile((stock - mean) @ components, torch.tensor([0.01, 0.99]), dim=0)

@@ -10,30 +10,32 @@ import warnings
 from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tqdm import tqdm
 
 from ..errors import UserError, first_line
-from ..feed.encoder import Encoder, embeddings
 from ..feed.paths import find_files
 from ..feed.sinks import Sink, open_sink
-from ..integrations import ray
 
-ONLY_RAY = (
-    "ray_address",
-    "ray_actors",
-    "part_size",
-    "image_column",
-    "id_column",
-)  # arguments, None if not given
+if TYPE_CHECKING:
+    from ..feed.encoder import Encoder
+
+ONLY_RAY = ("ray_address", "ray_actors", "part_size", "image_column", "id_column")  # arguments, None if not given
 
 
 def run(args: Namespace) -> int:
     """The subcommand: embeds `args.paths` into `args.out` and returns the exit status."""
     if args.ray:
-        return ray.run(args)
+        from ..integrations import ray_run
+
+        return ray_run.run(args)
     if given := [name for name in ONLY_RAY if getattr(args, name) is not None]:
         raise UserError(f"--{given[0].replace('_', '-')} is for --ray")
     paths, repeated = find_files(args.paths)
     with open_sink(Path(args.out), args.force) as sink:  # first: a refusal should not take a minute
+        from ..feed.encoder import Encoder  # nor torch
+
         encoder = Encoder(args)
         start = time.perf_counter()
         skipped = embed(paths, encoder, sink, args.batch_size, args.workers)
@@ -48,10 +50,8 @@ def run(args: Namespace) -> int:
     return 1 if skipped else 0
 
 
-def embed(paths: list[str], encoder: Encoder, sink: Sink, batch_size: int, workers: int) -> int:
+def embed(paths: list[str], encoder: "Encoder", sink: Sink, batch_size: int, workers: int) -> int:
     """Writes the embeddings to `sink`. Images that have none are named on stderr; returns their number."""
-    from tqdm import tqdm
-
     skipped = 0
 
     def skip(path: str, reason: str) -> None:
@@ -74,7 +74,7 @@ def embed(paths: list[str], encoder: Encoder, sink: Sink, batch_size: int, worke
     with (
         tqdm(total=len(paths), unit="image", smoothing=0.1) as bar,
         warnings.catch_warnings(),
-        contextlib.closing(embeddings(accepted(), encoder, batch_size, workers, skip)) as batches,
+        contextlib.closing(encoder.embeddings(accepted(), batch_size, workers, skip)) as batches,
     ):
         warnings.showwarning = warn  # Pillow's would break the bar
         for names, rows in batches:

@@ -3,20 +3,22 @@
 import functools
 import platform
 from argparse import Namespace
-from importlib import metadata
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
+from transformers import SiglipVisionConfig
+
+from ..backends.select import load
 from ..errors import typed_line
 from ..feed.loading import load_model, pick_device, route
-
-if TYPE_CHECKING:  # --help does not need them
-    import torch
-    from transformers import SiglipVisionConfig
+from ..ops import Linear, NormedLinear, PatchEmbedding
+from ..tuning import cache
+from ..tuning.cache import LAUNCHES, Selection, version_of
+from ..tuning.cases import cases, inputs
+from ..tuning.verify import Verifier
 
 
 def run(args: Namespace) -> int:
-    import torch
-
     device = pick_device(args.device)
     print(versions())
     print(machine(device))
@@ -27,24 +29,19 @@ def run(args: Namespace) -> int:
         print(f"runs on: {route(model, pixels)}")
         fused = model.why_not(pixels) is None
     parameters = sum(p.numel() * p.element_size() for p in model.parameters())
-    print(
-        f"parameters: {parameters / 1e6:.0f} MB; derived weights beside them: {model.derived_bytes() / 1e6:.0f} MB"
-    )
+    derived = f"{model.derived_bytes() / 1e6:.0f} MB"
+    with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16):
+        if fused and model.why_not(pixels) is None:  # derives its own weights
+            derived += f", and inside torch.autocast to bfloat16 {model.derived_bytes() / 1e6:.0f} MB in all"
+    print(f"parameters: {parameters / 1e6:.0f} MB; derived weights beside them: {derived}")
     if not fused:
         return 0
     with torch.no_grad():
         return 0 if check_operations(model.config, model.dtype, device, model.backend_for(device)) else 1
 
 
-def check_operations(
-    config: "SiglipVisionConfig", dtype: "torch.dtype", device: "torch.device", backend: str
-) -> bool:
+def check_operations(config: SiglipVisionConfig, dtype: torch.dtype, device: torch.device, backend: str) -> bool:
     """Prints, for each operation of a forward of one image, what runs it and whether its result is right here."""
-    from ..backends.select import load
-    from ..tuning.cache import LAUNCHES, Selection
-    from ..tuning.cases import cases, inputs
-    from ..tuning.verify import Verifier
-
     implementation = load(backend, Selection.load)
     if backend == "triton":
         print(f"measured configurations: {cache_state(device)}")
@@ -70,16 +67,12 @@ def check_operations(
 
 def packed(args: tuple, implementation: Any, tokens: int) -> list:
     """With the weights as the backend wants them for images of so many tokens, as `siglip_fast.models.weights` packs them."""
-    from ..ops import Linear, NormedLinear, PatchEmbedding
-
     packable = (PatchEmbedding, Linear, NormedLinear)
     return [implementation.pack(arg, tokens) if isinstance(arg, packable) else arg for arg in args]
 
 
-def cache_state(device: "torch.device") -> str:
+def cache_state(device: torch.device) -> str:
     """In words: where the cache file is and what it holds."""
-    from ..tuning import cache
-
     key = cache.Key.of(device)
     if cache.mode() == "off":
         return "not used (SIGLIP_FAST_TUNE=off)"
@@ -95,17 +88,7 @@ def versions() -> str:
     return ", ".join([f"Python {platform.python_version()}", *found])
 
 
-def version_of(package: str) -> str | None:
-    """None where it is not installed."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def machine(device: "torch.device") -> str:
-    import torch
-
+def machine(device: torch.device) -> str:
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         return f"{device}: {properties.name}, {properties.total_memory / 1e9:.0f} GB"

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import importlib
 import os
 import signal
 import sys
@@ -10,9 +11,18 @@ from collections.abc import Iterator
 
 from .. import __version__
 from ..errors import UserError
-from . import demo, embed, info, tune
 
 DTYPES = ("float32", "bfloat16", "float16")
+
+
+def positive_integer(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected at least 1, got {value}")
+    return value
+
+
+NUMBER = {"type": positive_integer, "metavar": "N"}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -20,7 +30,8 @@ def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         with _sigterm_interrupts():
-            return args.run(args)
+            # on demand: --help needs neither torch nor transformers
+            return importlib.import_module(f".{args.command}", __package__).run(args)
     except (UserError, OSError) as error:  # OSError: no space left, a folder that may not be written to
         print(f"siglip-fast: error: {error}", file=sys.stderr)
         return 2
@@ -49,7 +60,7 @@ def _sigterm_interrupts() -> Iterator[None]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="siglip-fast", description="The SigLIP vision encoder, fast.")
     parser.add_argument("--version", action="version", version=f"siglip-fast {__version__}")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command", required=True)
     _add_embed(commands)
     _add_demo(commands)
     _add_tune(commands)
@@ -63,7 +74,7 @@ def _add_embed(commands: argparse._SubParsersAction) -> None:
         help="embed images into a Parquet or .npy file, or on Ray into a folder of Parquet files",
         description="Embeds images in the order given, each path once. Unreadable: named and skipped.",
         epilog="Exit status: 0 every image is embedded; 1 done, but some images were skipped; "
-        "2 could not start, or nothing was embedded; 130 interrupted. Output appears whole or not at all; "
+        "2 could not start, or nothing was embedded; 130 interrupted; 143 terminated. Output appears whole or not at all; "
         "with --ray, part by part, and the same command once more does what is left.",
     )
     parser.add_argument(
@@ -81,14 +92,18 @@ def _add_embed(commands: argparse._SubParsersAction) -> None:
         "paths, one a line, in NAME.paths.txt; with --ray a folder",
     )
     _add_model(parser.add_mutually_exclusive_group(required=True), random_weights=None)
-    parser.add_argument("--pool", choices=("head", "mean"), default="head", help=_POOL_HELP)
+    parser.add_argument(
+        "--pool",
+        choices=("head", "mean"),
+        default="head",
+        help="head: the model's attention pooling; mean: the mean of its last_hidden_state tokens (default: head)",
+    )
     parser.add_argument("--normalize", action="store_true", help="scale each embedding to length 1")
-    parser.add_argument("--batch-size", type=positive_integer, default=32, metavar="N", help="default: 32")
+    parser.add_argument("--batch-size", **NUMBER, default=32, help="default: 32")
     parser.add_argument(
         "--workers",
-        type=positive_integer,
+        **NUMBER,
         default=min(8, os.cpu_count() or 1),
-        metavar="N",
         help="threads that decode images ahead of the model (default: one a core, at most 8)",
     )
     parser.add_argument(
@@ -96,12 +111,9 @@ def _add_embed(commands: argparse._SubParsersAction) -> None:
         choices=DTYPES,
         help="of the model; embeddings are always float32 (default: bfloat16 on cuda, else float32)",
     )
-    parser.add_argument(
-        "--force", action="store_true", help="overwrite existing output; with --ray, begin anew"
-    )
+    parser.add_argument("--force", action="store_true", help="overwrite existing output; with --ray, begin anew")
     _add_where(parser)
     _add_ray(parser)
-    parser.set_defaults(run=embed.run)
 
 
 def _add_ray(parser: argparse.ArgumentParser) -> None:
@@ -115,20 +127,14 @@ def _add_ray(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--ray", action="store_true", help="embed on Ray")
     group.add_argument(
-        "--ray-address",
-        metavar="ADDRESS",
-        help="a cluster to join (default: RAY_ADDRESS, else this machine only)",
+        "--ray-address", metavar="ADDRESS", help="a cluster to join (default: RAY_ADDRESS, else this machine only)"
     )
     group.add_argument(
-        "--ray-actors",
-        type=positive_integer,
-        metavar="N",
-        help="processes with a model each (default: one a GPU; without GPUs one a machine)",
+        "--ray-actors", **NUMBER, help="processes with a model each (default: one a GPU; without GPUs one a machine)"
     )
     group.add_argument(
         "--part-size",
-        type=positive_integer,
-        metavar="N",
+        **NUMBER,
         help="images a part, which is what is done again after a failure; of Parquet files, whole row groups of no "
         "more rows, or one (default: 4096)",
     )
@@ -150,8 +156,8 @@ def _add_demo(commands: argparse._SubParsersAction) -> None:
         "demo",
         help="compare with stock transformers on a few photographs, and draw what the model sees",
         description="Runs photographs that come with scikit-image through stock transformers, with sdpa and eager "
-        "attention, and through siglip_fast with the same weights in float32, prints how well they agree and how fast each is, and "
-        "draws each photograph above the principal components of its tokens.",
+        "attention, and through siglip_fast with the same weights in float32, prints how well they agree and how fast "
+        "each is, and draws each photograph above the principal components of its tokens.",
         epilog="Needs the extra: pip install -e '.[demo]' in the checkout. Exit status: 0 they agree to 1e-4; "
         "1 they do not; 2 could not start; 130 interrupted.",
     )
@@ -163,7 +169,6 @@ def _add_demo(commands: argparse._SubParsersAction) -> None:
     )
     _add_model(parser.add_mutually_exclusive_group(), random_weights="base-patch16-224")
     _add_where(parser)
-    parser.set_defaults(run=demo.run)
 
 
 def _add_tune(commands: argparse._SubParsersAction) -> None:
@@ -180,25 +185,17 @@ def _add_tune(commands: argparse._SubParsersAction) -> None:
     _add_model(parser.add_mutually_exclusive_group(), random_weights="base-patch16-224")
     parser.add_argument(
         "--batch-sizes",
-        type=positive_integer,
+        **NUMBER,
         nargs="+",
         default=[1, 8, 64],
-        metavar="N",
         help="images a forward; batches up to four times larger or smaller run as the nearest of these (default: 1 8 64)",
     )
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of the model (default: bfloat16)")
     parser.add_argument(
-        "--dtype", choices=DTYPES, default="bfloat16", help="of the model (default: bfloat16)"
-    )
-    parser.add_argument(
-        "--budget",
-        type=float,
-        default=900,
-        metavar="SECONDS",
-        help="start nothing new after so long (default: 900)",
+        "--budget", type=float, default=900, metavar="SECONDS", help="start nothing new after so long (default: 900)"
     )
     parser.add_argument("--force", action="store_true", help="measure again what the cache holds")
     parser.add_argument("--device", metavar="DEVICE", help="cuda, cuda:1, … (default: cuda)")
-    parser.set_defaults(run=tune.run)
 
 
 def _add_info(commands: argparse._SubParsersAction) -> None:
@@ -209,20 +206,12 @@ def _add_info(commands: argparse._SubParsersAction) -> None:
         "that its derived weights take beside the parameters.",
     )
     _add_model(parser.add_mutually_exclusive_group(), random_weights="base-patch16-224")
-    parser.add_argument(
-        "--dtype",
-        choices=DTYPES,
-        default="float32",
-        help="of the model (default: float32)",
-    )
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the model (default: float32)")
     _add_where(parser)
-    parser.set_defaults(run=info.run)
 
 
 def _add_model(group: argparse._MutuallyExclusiveGroup, random_weights: str | None) -> None:
-    group.add_argument(
-        "--model", metavar="DIR_OR_HUB_ID", help="a SigLIP checkpoint, with or without text tower"
-    )
+    group.add_argument("--model", metavar="DIR_OR_HUB_ID", help="a SigLIP checkpoint, with or without text tower")
     default = f" (default: {random_weights})" if random_weights else ""
     group.add_argument(
         "--random-weights",
@@ -233,24 +222,10 @@ def _add_model(group: argparse._MutuallyExclusiveGroup, random_weights: str | No
 
 
 def _add_where(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--device", metavar="DEVICE", help="cpu, cuda, cuda:1, … (default: cuda if there is one)"
-    )
+    parser.add_argument("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, … (default: cuda if there is one)")
     parser.add_argument(
         "--backend",
         choices=("auto", "triton", "cpu", "torch"),
         help="what runs the model (default: SIGLIP_FAST_BACKEND, else auto)",
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of --random-weights (default: 0)")
-
-
-def positive_integer(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected at least 1, got {value}")
-    return value
-
-
-_POOL_HELP = (
-    "head: the model's attention pooling; mean: the mean of its last_hidden_state tokens (default: head)"
-)

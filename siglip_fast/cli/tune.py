@@ -1,28 +1,26 @@
 """`siglip-fast tune`: measures how each operation of a model runs fastest on this GPU, and prints what won."""
 
 from argparse import Namespace
-from typing import TYPE_CHECKING
 
+import torch
+
+from ..backends.choice import Choice
+from ..backends.select import backend_for
 from ..errors import UserError, first_line
-from ..feed.loading import load_config, pick_device
-
-if TYPE_CHECKING:  # --help does not need it
-    from ..tuning.tune import Report
+from ..feed.loading import pick_device
+from ..models.variants import load_config
+from ..tuning.cache import LAUNCHES, is_measured
+from ..tuning.tune import STALL, Report, tune
 
 
 def run(args: Namespace) -> int:
     """The subcommand: 0 if all is measured, 1 if there was no time for some of it or nothing right was found."""
-    import torch
-
     device = pick_device(args.device)
     if device.type == "cpu" and not _can_interpret():
         raise UserError(
             "tune finds what runs each operation fastest on a GPU, our Triton kernels or the vendor's; on a CPU there is "
             "no such choice: run it where there is a GPU"
         )
-    from ..tuning.cache import is_measured
-    from ..tuning.tune import STALL, tune
-
     try:
         report = tune(
             load_config(args),
@@ -39,11 +37,8 @@ def run(args: Namespace) -> int:
     return 1 if report.left or not all(map(is_measured, report.entries.values())) else 0
 
 
-def describe(report: "Report") -> str:
+def describe(report: Report) -> str:
     """A table of what won against what, what was dropped and why, and what is left."""
-    from ..backends.choice import Choice
-    from ..tuning.cache import LAUNCHES
-
     lines = [f"{'operation':<44}{'rows':>8}{'launched':>10}{'µs':>10}{'vs vendor':>11}  fastest"]
     dropped: list[str] = []
     for case, entry in report.entries.items():
@@ -60,19 +55,12 @@ def describe(report: "Report") -> str:
     if dropped:
         lines += ["", f"dropped ({len(dropped)}):", *dropped]
     if report.left:
-        lines += [
-            "",
-            f"no time for {len(report.left)} of them (--budget): {', '.join(map(str, report.left))}",
-        ]
+        lines += ["", f"no time for {len(report.left)} of them (--budget): {', '.join(map(str, report.left))}"]
     return "\n".join([*lines, "", f"written: {report.path}"])
 
 
 def _can_interpret() -> bool:
-    from ..backends.select import backend_for
-
     try:
-        import torch
-
         return backend_for("triton", torch.device("cpu"))[0] is not None
     except RuntimeError:
         return False

@@ -5,62 +5,24 @@ import itertools
 import json
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
+import PIL
+import torch
+import transformers
+
+import siglip_fast
 
 from ..errors import UserError, first_line
 from .images import decode_ahead, read_image
 from .loading import load_model, load_processor, pick_device, pixel_values, route
-
-if TYPE_CHECKING:  # --help needs none of these
-    import numpy as np
-    import torch
-
-
-def embeddings(
-    images: Iterable[tuple[Any, str | bytes]],
-    encoder: "Encoder",
-    batch_size: int,
-    workers: int,
-    skip: Callable[[Any, str], None],
-) -> Iterator[tuple[list[Any], "np.ndarray"]]:
-    """A batch at a time, the names of images and their embeddings, float32 [batch, hidden_size], in order.
-
-    `images` are (name, file or encoded bytes). Those that have no embedding are told to `skip(name, reason)`.
-    """
-    import numpy as np
-    import torch
-
-    def usable(decoded: Iterable[tuple[Any, Any]]) -> Iterator[tuple[Any, "torch.Tensor"]]:
-        for (name, _), result in decoded:
-            if isinstance(result, Exception):
-                skip(name, first_line(result))
-            else:
-                yield name, result
-
-    def decode(image: tuple[Any, str | bytes]) -> "torch.Tensor":
-        return encoder.decode(image[1])
-
-    with contextlib.closing(decode_ahead(images, decode, workers, ahead=batch_size)) as decoded:
-        good = usable(decoded)
-        while batch := list(itertools.islice(good, batch_size)):
-            names, pixel_values = zip(*batch, strict=True)
-            rows = encoder(torch.stack(pixel_values))
-            finite = np.isfinite(rows).all(axis=1)
-            for i in np.flatnonzero(~finite):
-                skip(names[i], "its embedding is not finite; try --dtype float32")
-            yield [names[i] for i in np.flatnonzero(finite)], rows[finite]
 
 
 class Encoder:
     """The model and image processor that the arguments ask for, from an image to its embedding."""
 
     def __init__(self, args: Namespace):
-        import PIL
-        import torch
-        import transformers
-
-        import siglip_fast
-
         self.device = pick_device(args.device)
         dtype = args.dtype or ("bfloat16" if self.device.type == "cuda" else "float32")
         self.model = load_model(args, self.device, getattr(torch, dtype))
@@ -81,12 +43,35 @@ class Encoder:
             "versions": json.dumps(versions),
         }
 
-    def decode(self, source: str | bytes) -> "torch.Tensor":
-        return pixel_values(self._processor, read_image(source))
+    def embeddings(
+        self, images: Iterable[tuple[Any, str | bytes]], batch_size: int, workers: int, skip: Callable[[Any, str], None]
+    ) -> Iterator[tuple[list[Any], np.ndarray]]:
+        """A batch at a time, the names of images and their embeddings, float32 [batch, hidden_size], in order.
 
-    def __call__(self, pixel_values: "torch.Tensor") -> "np.ndarray":
-        import torch
+        `images` are (name, file or encoded bytes). Those that have no embedding are told to `skip(name, reason)`.
+        """
 
+        def usable(decoded: Iterable[tuple[Any, Any]]) -> Iterator[tuple[Any, torch.Tensor]]:
+            for (name, _), result in decoded:
+                if isinstance(result, Exception):
+                    skip(name, first_line(result))
+                else:
+                    yield name, result
+
+        def decode(image: tuple[Any, str | bytes]) -> torch.Tensor:
+            return pixel_values(self._processor, read_image(image[1]))
+
+        with contextlib.closing(decode_ahead(images, decode, workers, ahead=batch_size)) as decoded:
+            good = usable(decoded)
+            while batch := list(itertools.islice(good, batch_size)):
+                names, pixels = zip(*batch, strict=True)
+                rows = self(torch.stack(pixels))
+                finite = np.isfinite(rows).all(axis=1)
+                for i in np.flatnonzero(~finite):
+                    skip(names[i], "its embedding is not finite; try --dtype float32")
+                yield [names[i] for i in np.flatnonzero(finite)], rows[finite]
+
+    def __call__(self, pixel_values: torch.Tensor) -> np.ndarray:
         with torch.inference_mode():
             pixel_values = pixel_values.to(self.device)
             if not self.route:

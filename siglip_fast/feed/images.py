@@ -5,19 +5,17 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:  # --help does not need it
-    from PIL.Image import Image
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 
-def read_image(source: str | bytes) -> "Image":
+def read_image(source: str | bytes) -> Image.Image:
     """The image in a file or in encoded bytes, as RGB, upright.
 
     Raises whatever Pillow raises on what is no whole image.
     """
-    from PIL import Image, ImageOps, UnidentifiedImageError
-
     if not source:
         raise ValueError("empty")
     if isinstance(source, str):
@@ -35,11 +33,8 @@ def read_image(source: str | bytes) -> "Image":
         return to_rgb(ImageOps.exif_transpose(image), image.format)
 
 
-def to_rgb(image: "Image", format: str | None = None) -> "Image":
+def to_rgb(image: Image.Image, format: str | None = None) -> Image.Image:
     """`image.convert("RGB")`, but 16-bit gray is scaled to 8 bits, where Pillow would clip it to white."""
-    import numpy as np
-    from PIL import Image
-
     if image.mode.startswith("I;16") or (image.mode == "I" and format in ("PNG", "PPM")):
         image = Image.fromarray(np.round(np.asarray(image) / 257).astype(np.uint8))
     if image.mode in ("I", "F"):

@@ -1,26 +1,21 @@
 """From command-line arguments to a device, a model and its image processor; what is wrong is told in one line."""
 
 import os
-import re
 import sys
 from argparse import Namespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+import transformers
+from PIL import Image
 
 from ..errors import UserError, first_line
-from ..models.variants import config_for
-
-if TYPE_CHECKING:  # --help needs none of these
-    import torch
-    from PIL.Image import Image
-    from transformers import SiglipVisionConfig
-
-    from ..models.siglip import SiglipVisionModel
+from ..models.siglip import SiglipVisionModel
+from ..models.variants import config_for, config_of
 
 
-def pick_device(name: str | None) -> "torch.device":
+def pick_device(name: str | None) -> torch.device:
     """The device called `name`, or the one that there is."""
-    import torch
-
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(0, device=device)
@@ -29,45 +24,9 @@ def pick_device(name: str | None) -> "torch.device":
     return device
 
 
-def load_config(args: Namespace) -> "SiglipVisionConfig":
-    """The vision config of `args.model` or `args.random_weights`.
-
-    Raises:
-        UserError: there is none.
-    """
-    try:
-        return _config_of(args.model) if args.model else config_for(args.random_weights)
-    except (ValueError, OSError) as error:
-        raise UserError(first_line(error)) from error
-
-
-def _config_of(name: str) -> "SiglipVisionConfig":
-    from transformers import PretrainedConfig, SiglipVisionConfig
-
-    # The Hub would be asked for whatever is no folder, again and again where there is no network.
-    is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not os.path.isdir(os.path.dirname(name))
-    if not (os.path.isdir(name) or is_hub_id):
-        raise UserError(f"{name}: no such folder, and no id on the Hugging Face Hub (OWNER/NAME)")
-    config, _ = PretrainedConfig.get_config_dict(name)
-    if not config:
-        raise UserError(f"{name}: there is no config.json")
-    kind = config.get("model_type")
-    if kind not in ("siglip", "siglip_vision_model"):
-        remark = ": NaFlex images are not supported yet" * str(kind).startswith("siglip2")
-        raise UserError(f"{name} is no SigLIP model: its config has model_type {kind!r}{remark}")
-    return SiglipVisionConfig.from_pretrained(name)
-
-
-def load_model(args: Namespace, device: "torch.device", dtype: "torch.dtype") -> "SiglipVisionModel":
-    """The model of `args.model` or `args.random_weights`, for inference.
-
-    Raises:
-        UserError: there is no such model, it is not whole, or the backend cannot run on the device.
-    """
-    import torch
-
-    from ..models.siglip import SiglipVisionModel
-
+def load_model(args: Namespace, device: torch.device, dtype: torch.dtype) -> SiglipVisionModel:
+    """The model of `args.model` or `args.random_weights`, for inference. Raises UserError where there is no such
+    model, it is not whole, or the backend cannot run on the device."""
     try:
         if args.model:
             model = _from_pretrained(args.model, args.backend)
@@ -82,17 +41,13 @@ def load_model(args: Namespace, device: "torch.device", dtype: "torch.dtype") ->
     return model.eval().to(device, dtype)
 
 
-def _from_pretrained(name: str, backend: str | None) -> "SiglipVisionModel":
-    import transformers
-
-    from ..models.siglip import SiglipVisionModel
-
+def _from_pretrained(name: str, backend: str | None) -> SiglipVisionModel:
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()  # it lists the whole text tower as "unexpected"
     try:
         model, report = SiglipVisionModel.from_pretrained(
             name,
-            config=_config_of(name),
+            config=config_of(name),
             backend=backend,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are in the report, with their shapes
@@ -106,9 +61,7 @@ def _from_pretrained(name: str, backend: str | None) -> "SiglipVisionModel":
     for key, found, expected in sorted(report["mismatched_keys"]):
         raise UserError(f"cannot load {name}: {key} is {list(found)}, by the config {list(expected)}")
     if missing := sorted(report["missing_keys"]):
-        raise UserError(
-            f"{name} is no SigLIP vision model: lacks {len(missing)} weights such as {missing[0]}"
-        )
+        raise UserError(f"{name} is no SigLIP vision model: lacks {len(missing)} weights such as {missing[0]}")
     return model
 
 
@@ -118,14 +71,8 @@ def warn_of_random_weights(variant: str, seed: int) -> None:
 
 
 def load_processor(model: str | None, image_size: int) -> Any:
-    """Hugging Face's image processor on Pillow, as the model's files configure it.
-
-    Raises:
-        UserError: it cannot be loaded, is of another kind, or makes images of another size than the model's.
-    """
-    import transformers
-    from PIL import Image
-
+    """Hugging Face's image processor on Pillow, as the model's files configure it. Raises UserError where it cannot
+    be loaded, is of another kind, or makes images of another size than the model's."""
     # Transformers 5 gave the plain name to the one that needs torchvision.
     kind = getattr(transformers, "SiglipImageProcessorPil", None) or transformers.SiglipImageProcessor
     if model is None or _has_no_processor(model):
@@ -153,13 +100,13 @@ def _has_no_processor(model: str) -> bool:
     return True
 
 
-def pixel_values(processor: Any, image: "Image") -> "torch.Tensor":
+def pixel_values(processor: Any, image: Image.Image) -> torch.Tensor:
     """One RGB image as the model takes it, `[3, height, width]`."""
     # The format is told because an image 1 or 3 pixels high would be taken for one with its channels first.
     return processor(image, return_tensors="pt", input_data_format="channels_last")["pixel_values"][0]
 
 
-def route(model: "SiglipVisionModel", pixel_values: "torch.Tensor") -> str:
+def route(model: SiglipVisionModel, pixel_values: torch.Tensor) -> str:
     """Which code runs for `pixel_values`, and why if it is the stock code. Call it as the model is called."""
     if reason := model.why_not(pixel_values):
         return f"stock transformers, because {reason}"

@@ -18,10 +18,8 @@ SUFFIXES = {  # what a folder is searched for
 def find_files(patterns: Iterable[str], kind: str = IMAGES) -> tuple[list[str], int]:
     """The files that names, folders and globs stand for, each once, in order; and the number of repeats.
 
-    Of a folder only files of the `kind`, IMAGES or PARQUET, are taken.
-
-    Raises:
-        UserError: one of them matches nothing, or a folder cannot be read.
+    Of a folder only files of the `kind`, IMAGES or PARQUET, are taken. Raises UserError where one of them matches
+    nothing, or a folder cannot be read.
     """
 
     def unreadable(error: OSError) -> None:  # os.walk leaves such folders out silently

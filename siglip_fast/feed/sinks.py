@@ -16,11 +16,8 @@ ROW_GROUP = 4096  # rows a Parquet row group: large enough to read fast, small e
 
 @contextlib.contextmanager
 def open_sink(out: Path, force: bool) -> Iterator["Sink"]:
-    """What `--out` asks for. Its files appear when the block ends; if that raises, nothing does.
-
-    Raises:
-        UserError: the suffix is neither .parquet nor .npy, or a file exists and `force` is not set.
-    """
+    """What `--out` asks for. Its files appear when the block ends; if that raises, nothing does. Raises UserError
+    where the suffix is neither .parquet nor .npy, or a file exists and `force` is not set."""
     if out.suffix not in (".parquet", ".npy"):
         raise UserError(f"--out {out}: expected a name that ends in .parquet or .npy")
     targets = [out] if out.suffix == ".parquet" else [out, out.with_suffix(".paths.txt")]

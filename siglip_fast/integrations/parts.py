@@ -6,16 +6,16 @@ import os
 from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import pyarrow as pa
+from pyarrow import parquet, types
 
 from ..errors import UserError, first_line
-from ..feed.loading import load_config
 from ..feed.paths import IMAGES, PARQUET, find_files
 from ..feed.sinks import ROW_GROUP
 from ..files import atomic
-
-if TYPE_CHECKING:
-    import pyarrow as pa
+from ..models.variants import load_config
 
 SETTINGS, ERRORS = "_settings.json", "_errors"  # in the output folder; Parquet readers pass over names with _
 READ_ROWS = 64  # of encoded images, held at a time
@@ -25,10 +25,8 @@ def find_parts(args: Namespace) -> tuple[list[dict], int]:
     """The work in parts, JSON each, as numbered in the names of their files; and the number of repeated paths.
 
     Of image files a part has `part_size`. Of a Parquet file it has whole row groups, at least one and as many as have
-    no more than `part_size` rows, because a row group cannot be read from its middle.
-
-    Raises:
-        UserError: a path stands for nothing, both kinds are asked for, or a Parquet file lacks a column.
+    no more than `part_size` rows, because a row group cannot be read from its middle. Raises UserError where a path
+    stands for nothing, both kinds are asked for, or a Parquet file lacks a column.
     """
     size = args.part_size or ROW_GROUP
     tables = {str(path).rstrip("/").endswith(".parquet") for path in args.paths}
@@ -48,9 +46,6 @@ def find_parts(args: Namespace) -> tuple[list[dict], int]:
 
 
 def _parts_of_table(file: str, size: int, args: Namespace) -> Iterator[dict]:
-    import pyarrow as pa
-    from pyarrow import parquet
-
     try:
         with parquet.ParquetFile(file) as opened:
             columns = _columns(file, opened.schema_arrow, args)
@@ -66,10 +61,8 @@ def _parts_of_table(file: str, size: int, args: Namespace) -> Iterator[dict]:
             first, start = group, start + count
 
 
-def _columns(file: str, schema: "pa.Schema", args: Namespace) -> dict[str, str | None]:
+def _columns(file: str, schema: pa.Schema, args: Namespace) -> dict[str, str | None]:
     """The names of the columns to read; no `id` where Hugging Face's image column has the paths."""
-    from pyarrow import types
-
     image = args.image_column or "image"
     if image not in schema.names:
         raise UserError(f"{file}: no column {image!r} among {schema.names}; --image-column names another")
@@ -84,27 +77,18 @@ def _columns(file: str, schema: "pa.Schema", args: Namespace) -> dict[str, str |
         return {"image": image, "id": name}
     if nested and not args.id_column:
         return {"image": image, "id": None}
-    raise UserError(
-        f"{file}: no column {name!r} among {schema.names}; --id-column names what tells rows apart"
-    )
+    raise UserError(f"{file}: no column {name!r} among {schema.names}; --id-column names what tells rows apart")
 
 
-def _is_bytes(kind: "pa.DataType") -> bool:
-    from pyarrow import types
-
+def _is_bytes(kind: pa.DataType) -> bool:
     return types.is_binary(kind) or types.is_large_binary(kind)
 
 
 def read_rows(part: dict, root: str) -> Iterator[tuple[str, bytes]]:
     """(id, encoded image) of the rows of a part of a Parquet file. A null id is replaced by FILE:ROW."""
-    import pyarrow as pa
-    from pyarrow import parquet
-
     row, columns = part["start"], [name for name in (part["image"], part["id"]) if name]
     try:  # a buffer and no pre-buffering: a column of images is read piece by piece
-        with parquet.ParquetFile(
-            os.path.join(root, part["file"]), buffer_size=1 << 20, pre_buffer=False
-        ) as file:
+        with parquet.ParquetFile(os.path.join(root, part["file"]), buffer_size=1 << 20, pre_buffer=False) as file:
             for batch in file.iter_batches(READ_ROWS, range(*part["groups"]), columns):
                 images = batch[part["image"]].to_pylist()
                 if part["id"]:
@@ -119,11 +103,8 @@ def read_rows(part: dict, root: str) -> Iterator[tuple[str, bytes]]:
 
 
 def encoded(value: Any) -> bytes:
-    """The bytes in a cell of an image column; none for null, which is then told as no image.
-
-    Raises:
-        TypeError: it is neither bytes nor Hugging Face's {bytes, path}.
-    """
+    """The bytes in a cell of an image column; none for null, which is then told as no image. Raises TypeError where
+    it is neither bytes nor Hugging Face's {bytes, path}."""
     if isinstance(value, dict) and "bytes" in value:
         value = value["bytes"]
     if value is None:
@@ -168,20 +149,15 @@ class Folder:
     def refuse_if_foreign(self) -> None:
         """Raises UserError if the path is a file, looks like one, or is a folder with something else in it."""
         if self.path.suffix in (".parquet", ".npy"):
-            raise UserError(
-                f"--out {self.path.name}: with --ray it names a folder, so without {self.path.suffix}"
-            )
+            raise UserError(f"--out {self.path.name}: with --ray it names a folder, so without {self.path.suffix}")
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"{self.path} is a file; --out with --ray names a folder")
         if self.path.is_dir() and any(self.path.iterdir()) and not (self.path / SETTINGS).exists():
             raise UserError(f"{self.path} is not empty, and not of an earlier run with --ray")
 
     def prepare(self, settings: dict[str, Any], force: bool) -> None:
-        """Makes the folder, or goes on with one; with `force`, empties it of an earlier run's files.
-
-        Raises:
-            UserError: the earlier run had other settings or inputs.
-        """
+        """Makes the folder, or goes on with one; with `force`, empties it of an earlier run's files. Raises UserError
+        where the earlier run had other settings or inputs."""
         earlier = self.path / SETTINGS
         if force and earlier.exists():
             for file in [*self.path.glob("part-*.parquet"), *(self.path / ERRORS).glob("part-*.parquet")]:
@@ -212,14 +188,8 @@ class Folder:
                 file.unlink(missing_ok=True)
 
     def count(self) -> tuple[int, int]:
-        """The rows and the errors of all parts.
-
-        Raises:
-            UserError: a part has not as many as it should, or cannot be read: its files were changed or cut since.
-        """
-        import pyarrow as pa
-        from pyarrow import parquet
-
+        """The rows and the errors of all parts. Raises UserError where a part has not as many as it should, or cannot
+        be read: its files were changed or cut since."""
         embedded = skipped = 0
         for part in self.parts:
             files = self.path / self.name(part), self.path / ERRORS / self.name(part)

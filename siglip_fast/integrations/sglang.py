@@ -13,6 +13,8 @@ import pkgutil
 from collections.abc import Callable
 from typing import Any
 
+import siglip_fast
+
 from ..errors import typed_line
 from .plugin import plugin
 
@@ -50,8 +52,6 @@ def register() -> str:
 
 def after_load(loaded: Any, *args, **kwargs) -> None:
     """`loaded` is the model, or what holds it as `.model`. Its towers change in place, so nothing is returned."""
-    import siglip_fast
-
     try:
         model = loaded if hasattr(loaded, "modules") else loaded.model
         if siglip_fast.towers(model):
@@ -65,12 +65,6 @@ def around_update(update: Callable, updater: Any, *args, **kwargs) -> Any:
     try:
         return update(updater, *args, **kwargs)
     finally:
-        _forget(updater.get_model())
-
-
-def _forget(model: Any) -> None:
-    import siglip_fast
-
-    for tower in siglip_fast.towers(model):
-        if tower.fast:
-            tower.module.forget_derived()
+        for tower in siglip_fast.towers(updater.get_model()):
+            if tower.fast:
+                tower.module.forget_derived()

@@ -89,9 +89,7 @@ def check_head_dim(head_dim: int) -> None:
         raise Unsupported(f"head_dim is above {MAX_HEAD_DIM}")
 
 
-def layer_view(
-    norms: Sequence[nn.Module], qkv: nn.Module, out_proj: nn.Module, num_heads: int, mlp: nn.Module
-) -> Any:
+def layer_view(norms: Sequence[nn.Module], qkv: nn.Module, out_proj: nn.Module, num_heads: int, mlp: nn.Module) -> Any:
     """A layer whose Q, K and V are one matrix, under the names of transformers' SigLIP."""
     attention = types.SimpleNamespace(out_proj=out_proj, num_heads=num_heads)
     attention.q_proj, attention.k_proj, attention.v_proj = (
@@ -131,10 +129,7 @@ def compare_class(name: str, module: nn.Module | None, expected: type) -> None:
             names = [f"{cls.__module__}.{cls.__name__}" for cls in classes]
         raise Unsupported(f"{name} is a {names[0]}, not a {names[1]}")
     home = expected.__module__
-    if (
-        not home.startswith(("torch.nn.modules.", "transformers.", "timm."))
-        or expected.forward.__module__ != home
-    ):
+    if not home.startswith(("torch.nn.modules.", "transformers.", "timm.")) or expected.forward.__module__ != home:
         raise Unsupported(f"the forward of {expected.__name__} is patched")
 
 

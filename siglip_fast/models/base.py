@@ -20,19 +20,12 @@ except ImportError:  # transformers before 5.2
 
 from ..backends.select import NAMES, backend_for, is_capturing
 from .anatomy import Anatomy
-from .reasons import (
-    GRADIENTS,
-    NOT_DERIVED,
-    autocast_dtype,
-    autocast_reason,
-    backend_reason,
-    input_reason,
-    mode_reason,
-    patched_reason,
-)
+from .reasons import GRADIENTS, NOT_DERIVED, autocast_dtype, backend_reason, circumstances
 from .weights import Derived
 
 logger = logging.getLogger("siglip_fast")
+
+MADE = ("_derived", "_to_capture", "_handle")  # what copies and pickles of a fast tower make anew
 
 
 class Fused(nn.Module):
@@ -65,7 +58,7 @@ class Fused(nn.Module):
 
     def forget_fast(self) -> None:
         """Removes what `become_fast` and later calls made, for an instance that is to be stock's again."""
-        for name in ("backend", "strict", "_derived"):
+        for name in ("backend", "strict", *MADE):
             vars(self).pop(name, None)
 
     def why_not(self, pixel_values: Tensor, *args, **kwargs) -> str | None:
@@ -148,22 +141,12 @@ class Fused(nn.Module):
 
     def _call_reasons(self, pixel_values: Tensor, *args, **kwargs) -> Iterator[str]:
         """The reasons that lie in the call and its circumstances, not in the tower."""
-        input = input_reason(pixel_values)
-        if torch.is_grad_enabled() and (
-            pixel_values.requires_grad or any(p.requires_grad for p in self.parameters())
-        ):
+        if not isinstance(pixel_values, Tensor):
+            raise TypeError(f"pixel_values: expected a torch.Tensor, got {type(pixel_values).__name__}")
+        if torch.is_grad_enabled() and (pixel_values.requires_grad or any(p.requires_grad for p in self.parameters())):
             yield GRADIENTS
         weight, device = self._patch_weight(), pixel_values.device
-        circumstances = (
-            patched_reason(stock_class(type(self))),
-            getattr(self, "_is_replica", False) and "this is a replica of torch.nn.DataParallel",
-            input,
-            mode_reason(),
-            autocast_reason(
-                device, weight if weight is None else weight.dtype, torch.compiler.is_compiling()
-            ),
-        )
-        yield from filter(None, circumstances)
+        yield from filter(None, circumstances(self, stock_class(type(self)), weight, pixel_values))
         yield from self._request_reasons(*args, **kwargs)
         if weight is not None and device != weight.device:
             yield f"pixel_values are on {device}, the parameters on {weight.device}"
@@ -186,7 +169,7 @@ class Fused(nn.Module):
         self._derived = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_derived": {}}  # copies and pickles make their own
+        return {name: value for name, value in vars(self).items() if name not in MADE}
 
 
 def checked_backend(backend: str | None) -> str:

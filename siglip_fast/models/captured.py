@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,10 +55,6 @@ class Captured(Tuned):
             self._record(derived, tuple(batch_sizes), image_size)
         self._to_capture = tuple(batch_sizes), image_size
 
-    def forget_fast(self) -> None:
-        super().forget_fast()
-        vars(self).pop("_to_capture", None)
-
     def _forget_graphs(self) -> None:
         self._to_capture = None
         for derived in self._derived.values():
@@ -88,9 +83,7 @@ class Captured(Tuned):
                 interpolate = must_interpolate(embeddings, image_size, image_size)
                 position = position_of(embeddings, image[None], interpolate)
                 run, ops, weights = derived.run, derived.ops, derived.weights
-                derived.graphs = Graphs(
-                    lambda pixels: run(ops, weights, pixels, position), batch_sizes, image
-                )
+                derived.graphs = Graphs(lambda pixels: run(ops, weights, pixels, position), batch_sizes, image)
             return derived.graphs
 
     def _example(self, image_size: int) -> Tensor:
@@ -101,6 +94,3 @@ class Captured(Tuned):
     def _apply(self, fn: Callable, *args, **kwargs) -> "Captured":
         self._to_capture = None
         return super()._apply(fn, *args, **kwargs)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"_to_capture": None}

@@ -58,11 +58,7 @@ class IdeficsTower(Fused):
         weight, p = self._patch_weight(), self.patch_size
         if weight is None:
             return  # the tower has a reason
-        if (
-            pixel_values.ndim != 4
-            or pixel_values.shape[1] != weight.shape[1]
-            or min(pixel_values.shape[2:]) < p
-        ):
+        if pixel_values.ndim != 4 or pixel_values.shape[1] != weight.shape[1] or min(pixel_values.shape[2:]) < p:
             yield f"pixel_values have the shape [batch, {', '.join(map(str, pixel_values.shape[1:]))}]"
             return
         if pixel_values.dtype != weight.dtype:

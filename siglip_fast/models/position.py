@@ -10,16 +10,11 @@ def must_interpolate(embeddings: nn.Module, height: int, width: int) -> bool:
 
 
 def position_of(embeddings: nn.Module, pixel_values: Tensor, interpolate: bool) -> Tensor:
-    """`[N, D]` for `pixel_values [B, C, H, W]`; by stock's own interpolation where that was asked for.
-
-    Raises:
-        ValueError: pixel_values have the wrong rank or channels, or a size that the positions do not fit.
-    """
+    """`[N, D]` for `pixel_values [B, C, H, W]`; by stock's own interpolation where that was asked for. Raises
+    ValueError where pixel_values have the wrong rank or channels, or a size that the positions do not fit."""
     D, C, p, _ = embeddings.patch_embedding.weight.shape
     if pixel_values.ndim != 4 or pixel_values.shape[1] != C:
-        raise ValueError(
-            f"pixel_values: expected shape [batch, {C}, height, width], got {list(pixel_values.shape)}"
-        )
+        raise ValueError(f"pixel_values: expected shape [batch, {C}, height, width], got {list(pixel_values.shape)}")
     height, width = pixel_values.shape[2:]
     tokens = (height // p) * (width // p)
     position = embeddings.position_embedding.weight

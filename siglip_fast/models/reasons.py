@@ -27,13 +27,20 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
     return torch.get_autocast_dtype(type) if is_on else None
 
 
-def input_reason(pixel_values: Tensor) -> str | None:
-    """What is wrong with the tensor itself. Raises TypeError where it is none."""
-    if not isinstance(pixel_values, Tensor):
-        raise TypeError(f"pixel_values: expected a torch.Tensor, got {type(pixel_values).__name__}")
+def circumstances(
+    model: nn.Module, stock: type[nn.Module], weight: Tensor | None, pixel_values: Tensor
+) -> Iterator[str | None]:
+    """What speaks against the fused forward here and now, whatever the model computes; `weight` is of its patch embedding."""
+    yield patched_reason(stock)
+    if getattr(model, "_is_replica", False):
+        yield "this is a replica of torch.nn.DataParallel"
     if type(pixel_values) not in (Tensor, nn.Parameter, nn.Buffer):
-        return f"pixel_values are a {type(pixel_values).__name__}, not a plain tensor"
-    return "the batch is empty" if pixel_values.ndim > 0 and pixel_values.shape[0] == 0 else None
+        yield f"pixel_values are a {type(pixel_values).__name__}, not a plain tensor"
+    elif pixel_values.ndim > 0 and pixel_values.shape[0] == 0:
+        yield "the batch is empty"
+    yield mode_reason()
+    dtype = None if weight is None else weight.dtype
+    yield autocast_reason(pixel_values.device, dtype, torch.compiler.is_compiling())
 
 
 # The next four ask what torch.compile cannot trace. It calls them as it traces; what they answer is part of the graph.
@@ -47,9 +54,7 @@ def autocast_reason(device: torch.device, parameters: torch.dtype | None, is_com
         return f"autocast to {dtype} is active under torch.compile"
     if dtype not in _AUTOCAST.get(device.type, ()):
         return f"autocast to {dtype} is active on {device.type}"
-    return (
-        None if parameters == torch.float32 else f"autocast to {dtype} is active on {parameters} parameters"
-    )
+    return None if parameters == torch.float32 else f"autocast to {dtype} is active on {parameters} parameters"
 
 
 @torch.compiler.assume_constant_result

@@ -32,10 +32,7 @@ class SiglipTower(Traced, Captured, TakesUint8):
     returns_hidden_states = True  # whether stock's forward does, when asked
 
     def forward(
-        self,
-        pixel_values: Tensor,
-        interpolate_pos_encoding: bool = False,
-        **kwargs: Unpack[TransformersKwargs],
+        self, pixel_values: Tensor, interpolate_pos_encoding: bool = False, **kwargs: Unpack[TransformersKwargs]
     ) -> BaseModelOutputWithPooling | tuple[Tensor, ...]:
         """`pixel_values [B, C, H, W]` → `last_hidden_state [B, N, D]` and `pooler_output [B, D]` (None without head).
 
@@ -99,10 +96,7 @@ class SiglipTower(Traced, Captured, TakesUint8):
         return self._output(outputs, kwargs, hidden_states and tuple(hidden_states.kept))
 
     def _output(
-        self,
-        outputs: Outputs,
-        kwargs: dict[str, Any],
-        hidden_states: tuple[Tensor | None, ...] | None = None,
+        self, outputs: Outputs, kwargs: dict[str, Any], hidden_states: tuple[Tensor | None, ...] | None = None
     ) -> BaseModelOutputWithPooling | tuple[Tensor, ...]:
         return in_asked_form(BaseModelOutputWithPooling(*outputs, hidden_states), self.config, kwargs)
 

@@ -59,7 +59,10 @@ class Towers(list[Tower]):
 
 
 def towers(model: nn.Module) -> Towers:
-    """The SigLIP vision towers in `model`: fast ones, stock ones, and those that `apply_to` leaves alone, with the reason."""
+    """The SigLIP vision towers in `model`: fast ones, stock ones, and those that `apply_to` leaves alone, with the
+    reason. Raises TypeError where model is no torch.nn.Module."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     return Towers(_find(model, "", set()))
 
 
@@ -80,16 +83,12 @@ def apply_to(model: nn.Module, *, backend: str | None = None, strict: bool = Fal
         ValueError: there is no such tower in it, or the backend's name is unknown.
     """
     checked_backend(backend)
-    found = towers(_checked(model))
+    found = towers(model)
     if not found:
-        raise ValueError(
-            f"model: expected a SigLIP vision tower in it, found none in this {type(model).__name__}"
-        )
+        raise ValueError(f"model: expected a SigLIP vision tower in it, found none in this {type(model).__name__}")
     for tower in found:
         if tower.reason and not tower.fast:
-            name = (
-                f"{tower.name} ({type(tower.module).__name__})" if tower.name else type(tower.module).__name__
-            )
+            name = f"{tower.name} ({type(tower.module).__name__})" if tower.name else type(tower.module).__name__
             logger.warning("left alone: %s: %s", name, tower.reason)
         elif not tower.fast:
             _set_class(tower.module, _fast_class(type(tower.module)))
@@ -98,12 +97,9 @@ def apply_to(model: nn.Module, *, backend: str | None = None, strict: bool = Fal
 
 
 def restore(model: nn.Module) -> nn.Module:
-    """Gives the fast towers in `model` their stock classes back, in place, and returns `model`.
-
-    Raises:
-        TypeError: model is no torch.nn.Module.
-    """
-    for tower in towers(_checked(model)):
+    """Gives the fast towers in `model` their stock classes back, in place, and returns `model`. Raises TypeError
+    where model is no torch.nn.Module."""
+    for tower in towers(model):
         if tower.fast and not tower.reason:
             tower.module.forget_fast()
             _set_class(tower.module, stock_class(type(tower.module)))
@@ -120,11 +116,15 @@ def register() -> None:
     The patch mapping knows names only: remote code's own class called SiglipVisionModel is replaced, too. And it puts
     classes into transformers' modules while a model is built, so models should be built one after the other.
     """
+    from .idefics import Idefics3VisionTransformer, SmolVLMVisionTransformer
     from .siglip import SiglipVisionModel
 
+    # Anchored, because the names are taken for patterns: SiglipVisionModelOutput begins so, too.
+    fast = (SiglipVisionModel, Idefics3VisionTransformer, SmolVLMVisionTransformer)
+    patches = {f"^{cls.__name__}$": cls for cls in fast}
     with _lock:
         unregister()
-        patches, patching = _patches(), _monkey_patching()
+        patching = _monkey_patching()
         by_config = AutoModel._model_mapping._extra_content
         before = by_config.get(SiglipVisionConfig)
         AutoModel.register(SiglipVisionConfig, SiglipVisionModel, exist_ok=True)
@@ -179,27 +179,10 @@ def _monkey_patching() -> types.ModuleType | None:
         with patching.apply_patches():
             return patching
     except ImportError as error:  # 5.5 imports torchvision there: each from_pretrained would fail
-        logger.warning(
-            "register: only for what AutoModel builds; transformers' patch mapping fails: %s", error
-        )
+        logger.warning("register: only for what AutoModel builds; transformers' patch mapping fails: %s", error)
         return None
     finally:
         patching.unregister_patch_mapping(["^$"])
-
-
-def _patches() -> dict[str, type]:
-    from .idefics import Idefics3VisionTransformer, SmolVLMVisionTransformer
-    from .siglip import SiglipVisionModel
-
-    # Anchored, because the names are taken for patterns: SiglipVisionModelOutput begins so, too.
-    fast = (SiglipVisionModel, Idefics3VisionTransformer, SmolVLMVisionTransformer)
-    return {f"^{cls.__name__}$": cls for cls in fast}
-
-
-def _checked(model: nn.Module) -> nn.Module:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-    return model
 
 
 def _find(module: nn.Module, name: str, seen: set[nn.Module]) -> Iterator[Tower]:
@@ -218,9 +201,7 @@ def _as_tower(module: nn.Module, name: str) -> Tower | None:
     cls = type(module)
     if isinstance(module, Fused):
         is_ours = cls.__module__.startswith(f"{__package__}.")
-        return Tower(
-            name, module, True, None if is_ours else f"{cls.__name__} is somebody's subclass of a fast class"
-        )
+        return Tower(name, module, True, None if is_ours else f"{cls.__name__} is somebody's subclass of a fast class")
     if fast := _fast_class(cls):
         return Tower(name, module, False, fast.declines(module))
     if reason := _LEFT_ALONE.get(_path(cls)):

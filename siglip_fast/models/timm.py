@@ -13,16 +13,7 @@ from timm.layers.activations import GELU, GELUTanh
 from timm.models import vision_transformer as stock
 from torch import Tensor, nn
 
-from .anatomy import (
-    Anatomy,
-    Unsupported,
-    check_head_dim,
-    check_tensors,
-    compare,
-    compare_class,
-    descendant,
-    layer_view,
-)
+from .anatomy import Anatomy, Unsupported, check_head_dim, check_tensors, compare, compare_class, descendant, layer_view
 from .base import Fused
 
 # Of the tower itself, whose every forward looks at them; what lies below it is compared once, then watched.
@@ -110,9 +101,7 @@ class VisionTransformer(Fused, stock.VisionTransformer):
     does not apply, or the backend asked for cannot run.
     """
 
-    anatomy = Anatomy(
-        check, view, patch_embedding=lambda tower: descendant(tower, "patch_embed", "proj"), watched=()
-    )
+    anatomy = Anatomy(check, view, patch_embedding=lambda tower: descendant(tower, "patch_embed", "proj"), watched=())
 
     @classmethod
     def declines(cls, tower: stock.VisionTransformer) -> str | None:
@@ -129,9 +118,7 @@ class VisionTransformer(Fused, stock.VisionTransformer):
         if outputs is None:
             return super().forward(x, *args, **kwargs)
         tokens, pooled = outputs
-        return (
-            self.forward_head(tokens) if pooled is None else self.head(self.head_drop(self.fc_norm(pooled)))
-        )
+        return self.forward_head(tokens) if pooled is None else self.head(self.head_drop(self.fc_norm(pooled)))
 
     def _outputs(self, x: Tensor, pool: bool, *args, **kwargs) -> tuple[Tensor, Tensor | None] | None:
         """The tokens and, if asked for, what `attn_pool` makes of them; None where timm's code has to run."""

@@ -15,10 +15,6 @@ class Traced(Fused):
         super().become_fast(backend, strict)
         self._handle = Handle(self)
 
-    def forget_fast(self) -> None:
-        super().forget_fast()
-        vars(self).pop("_handle", None)
-
     def _route(self, pixel_values: Tensor, *args, **kwargs) -> tuple[Derived | None, str | None]:
         """As of all towers; where torch.compile traces, no weights are derived."""
         if not torch.compiler.is_compiling():
@@ -29,9 +25,6 @@ class Traced(Fused):
     def forget_derived(self) -> None:
         super().forget_derived()
         self._handle.forget()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"_handle": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -12,9 +12,7 @@ from .weights import Derived
 
 
 class Tuned(Fused):
-    def tune(
-        self, batch_sizes: Sequence[int] = (1, 8, 64), *, budget: float = 900.0, force: bool = False
-    ) -> Report:
+    def tune(self, batch_sizes: Sequence[int] = (1, 8, 64), *, budget: float = 900.0, force: bool = False) -> Report:
         """Measure on this GPU how each of the model's operations runs fastest, and use that from now on.
 
         Every kernel configuration and every vendor route is verified and timed in a process of its own; the results

@@ -1,12 +1,15 @@
-"""The shapes of the published SigLIP and SigLIP 2 vision towers, by name such as "base-patch16-224"."""
+"""Vision configs: those of the published SigLIP and SigLIP 2 towers, by name such as "base-patch16-224", and a checkpoint's."""
 
-from typing import TYPE_CHECKING
+import os
+import re
+from argparse import Namespace
 
-if TYPE_CHECKING:
-    from transformers import SiglipVisionConfig
+from transformers import PretrainedConfig, SiglipVisionConfig
 
-# name: hidden_size, num_hidden_layers, num_attention_heads, intermediate_size, patch_size, image sizes
-_FAMILIES = {
+from ..errors import UserError, first_line
+
+_FIELDS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "patch_size")
+_FAMILIES = {  # name: the fields, and the image sizes
     "base-patch16": (768, 12, 12, 3072, 16, (224, 256, 384, 512)),
     "base-patch32": (768, 12, 12, 3072, 32, (256,)),
     "large-patch16": (1024, 24, 16, 4096, 16, (256, 384, 512)),
@@ -14,17 +17,9 @@ _FAMILIES = {
     "so400m-patch16": (1152, 27, 16, 4304, 16, (256, 384, 512)),
     "giant-opt-patch16": (1536, 40, 16, 6144, 16, (256, 384)),
 }
-
 VARIANTS: dict[str, dict[str, int]] = {
-    f"{family}-{image_size}": {
-        "hidden_size": hidden_size,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "intermediate_size": intermediate_size,
-        "patch_size": patch_size,
-        "image_size": image_size,
-    }
-    for family, (hidden_size, layers, heads, intermediate_size, patch_size, image_sizes) in _FAMILIES.items()
+    f"{family}-{image_size}": dict(zip(_FIELDS, values, strict=True)) | {"image_size": image_size}
+    for family, (*values, image_sizes) in _FAMILIES.items()
     for image_size in image_sizes
 }
 
@@ -33,7 +28,7 @@ class UnknownVariantError(ValueError):
     """No published checkpoint has this name."""
 
 
-def config_for(name: str) -> "SiglipVisionConfig":
+def config_for(name: str) -> SiglipVisionConfig:
     """The vision config of the published checkpoints called `name`, such as "base-patch16-224".
 
     Raises:
@@ -41,6 +36,28 @@ def config_for(name: str) -> "SiglipVisionConfig":
     """
     if name not in VARIANTS:
         raise UnknownVariantError(f"unknown variant {name!r}; expected one of {', '.join(VARIANTS)}")
-    from transformers import SiglipVisionConfig
-
     return SiglipVisionConfig(**VARIANTS[name])
+
+
+def config_of(name: str) -> SiglipVisionConfig:
+    """The vision config of a SigLIP checkpoint, a folder or an id on the Hub. Raises UserError, or OSError where there is none."""
+    # The Hub would be asked for whatever is no folder, again and again where there is no network.
+    is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not os.path.isdir(os.path.dirname(name))
+    if not (os.path.isdir(name) or is_hub_id):
+        raise UserError(f"{name}: no such folder, and no id on the Hugging Face Hub (OWNER/NAME)")
+    config, _ = PretrainedConfig.get_config_dict(name)
+    if not config:
+        raise UserError(f"{name}: there is no config.json")
+    kind = config.get("model_type")
+    if kind not in ("siglip", "siglip_vision_model"):
+        remark = ": NaFlex images are not supported yet" * str(kind).startswith("siglip2")
+        raise UserError(f"{name} is no SigLIP model: its config has model_type {kind!r}{remark}")
+    return SiglipVisionConfig.from_pretrained(name)
+
+
+def load_config(args: Namespace) -> SiglipVisionConfig:
+    """The vision config of `args.model` or `args.random_weights`. Raises UserError where there is none."""
+    try:
+        return config_of(args.model) if args.model else config_for(args.random_weights)
+    except (ValueError, OSError) as error:
+        raise UserError(first_line(error)) from error

@@ -117,9 +117,7 @@ class FastSiglipVisionTransformer(Fused, siglip.SiglipVisionTransformer):
         yield from super()._call_reasons(pixel_values, *args, **kwargs)
         size, C = self.embeddings.image_size, self.config.num_channels
         if not pixel_values.is_floating_point() or tuple(pixel_values.shape[1:]) != (C, size, size):
-            own = (
-                f"{pixel_values.dtype} and have shape [batch, {', '.join(map(str, pixel_values.shape[1:]))}]"
-            )
+            own = f"{pixel_values.dtype} and have shape [batch, {', '.join(map(str, pixel_values.shape[1:]))}]"
             yield f"pixel_values are {own}, not [batch, {C}, {size}, {size}] of a floating dtype"
 
     def _request_reasons(self, interpolate_pos_encoding: bool = False) -> Iterator[str]:

@@ -63,9 +63,7 @@ class Derived:
         """The weights, the patch embedding among them taking uint8 images that `normalization` is to be applied to."""
         if normalization not in self._uint8:
             with torch.inference_mode(False), torch.no_grad():
-                self._uint8[normalization] = self.weights._replace(
-                    patch=normalization.fold(self.weights.patch)
-                )
+                self._uint8[normalization] = self.weights._replace(patch=normalization.fold(self.weights.patch))
             _finish(self.weights)
         return self._uint8[normalization]
 
@@ -97,9 +95,7 @@ def tower_weights(tower: Any, ops: Ops, dtype: torch.dtype | None = None) -> Tow
     conv = tower.embeddings.patch_embedding
     dtype = dtype or conv.weight.dtype
     make, make_pooled = (Maker(ops, dtype, tokens) for tokens in (tower.embeddings.num_patches, 1))
-    patch = PatchEmbedding(
-        make.plain(conv.weight).flatten(1), make.plain(conv.bias), tower.embeddings.patch_size
-    )
+    patch = PatchEmbedding(make.plain(conv.weight).flatten(1), make.plain(conv.bias), tower.embeddings.patch_size)
     return TowerWeights(
         patch=make.pack(patch),
         layers=[make.layer(layer) for layer in tower.encoder.layers],

@@ -91,9 +91,7 @@ class Recorder:
             graph = torch.cuda.CUDAGraph()
             _clear_workspaces()  # or the graph would use memory that others may free
             # thread_local: what other threads do meanwhile, such as pinning memory, does not end the capture
-            with torch.cuda.graph(
-                graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
-            ):
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
                 outputs = run()
             _clear_workspaces()  # or others would use the graph's
         return graph.replay, outputs

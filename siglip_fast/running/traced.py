@@ -10,7 +10,7 @@ weights that were made inside such a graph could be out of date a moment later, 
 
 import itertools
 import weakref
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,12 +22,6 @@ _models: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 _numbers = itertools.count()
 
 
-class Source(Protocol):
-    """What derived weights were made from, such as `siglip_fast.models.source.Source`."""
-
-    def is_unchanged(self) -> bool: ...
-
-
 class Handle:
     """What a model passes to the operation, an int64 on the CPU: the model's number · 2³² + how often it was renewed.
 
@@ -37,15 +31,15 @@ class Handle:
 
     def __init__(self, model: nn.Module):
         self._number, self._renewed = next(_numbers), 0
-        self._source: Source | None = None
+        self._source: Any = None
         self._make_tensor()
         _models[self._number] = model
 
     def _make_tensor(self) -> None:
         self.tensor = torch.tensor((self._number << 32) + self._renewed, device="cpu")
 
-    def renew(self, source: Source) -> None:
-        """From the next graph on, derived weights may be kept if `source` is still unchanged then."""
+    def renew(self, source: Any) -> None:
+        """From the next graph on, derived weights may be kept if `source`, what they were made from, is still unchanged then."""
         self._source = source
         self._renewed += 1
         self._make_tensor()

@@ -31,9 +31,7 @@ class Normalization(NamedTuple):
     def _affine(self) -> tuple[list[float], list[float]]:
         """s and t of each channel, of which s·(u − 128) + t is the normalised value."""
         s = [self.rescale_factor / std for std in self.image_std]
-        return s, [
-            128 * s - mean / std for s, mean, std in zip(s, self.image_mean, self.image_std, strict=True)
-        ]
+        return s, [128 * s - mean / std for s, mean, std in zip(s, self.image_mean, self.image_std, strict=True)]
 
     def fold(self, patch: PatchEmbedding) -> PatchEmbedding:
         """The patch embedding that takes uint8 images to the tokens of the normalised ones.
@@ -60,19 +58,11 @@ def normalization(
 ) -> Normalization:
     """Checked; raises TypeError where values are no numbers, ValueError where they are not `channels` many, one is not
     finite, or a divisor zero."""
-    numbers = {"rescale_factor": (rescale_factor,), "image_mean": image_mean, "image_std": image_std}
-    for name, values in numbers.items():
-        try:
-            numbers[name] = tuple(map(float, values))
-        except (TypeError, ValueError):
-            wanted = "a number" if name == "rescale_factor" else f"{channels} numbers, one a channel"
-            given = rescale_factor if name == "rescale_factor" else values
-            raise TypeError(f"{name}: expected {wanted}, got {given!r}") from None
-    factor, means, stds = numbers.values()
-    for name, values in (("image_mean", means), ("image_std", stds)):
-        if len(values) != channels:
-            raise ValueError(f"{name}: expected {channels} values, one a channel, got {list(values)}")
-    made = Normalization(means, stds, *factor)
+    made = Normalization(
+        _numbers("image_mean", image_mean, channels),
+        _numbers("image_std", image_std, channels),
+        *_numbers("rescale_factor", [rescale_factor], 1),
+    )
     if not all(map(math.isfinite, (*made.image_mean, *made.image_std, made.rescale_factor))):
         raise ValueError(f"image_mean, image_std, rescale_factor: expected finite numbers, got {made[:]}")
     if not all(made.image_std):
@@ -80,6 +70,16 @@ def normalization(
     if not made.rescale_factor:
         raise ValueError("rescale_factor: expected not zero")
     return made
+
+
+def _numbers(name: str, values: Sequence[float], count: int) -> tuple[float, ...]:
+    try:
+        numbers = tuple(map(float, values))
+    except (TypeError, ValueError):
+        raise TypeError(f"{name}: expected numbers, {count} of them, got {values!r}") from None
+    if len(numbers) != count:
+        raise ValueError(f"{name}: expected {count} values, one a channel, got {list(values)}")
+    return numbers
 
 
 def check_images(images: Tensor, channels: int) -> None:

@@ -63,7 +63,7 @@ class Key(NamedTuple):
             torch=torch.__version__,
             triton=triton.__version__,
             cudnn=str(torch.backends.cudnn.version()),
-            flash_attn=_version("flash_attn"),
+            flash_attn=version_of("flash_attn") or "none",
             kernels=source_hash(),
         )
 
@@ -75,11 +75,7 @@ class Key(NamedTuple):
 
 def mode() -> str:
     """SIGLIP_FAST_TUNE: "off" (built-in defaults), "cached" (what was measured; the default) or "auto" (measure at the
-    first forward on a GPU that has no cache file).
-
-    Raises:
-        ValueError: it is something else.
-    """
+    first forward on a GPU that has no cache file). Raises ValueError where it is something else."""
     value = os.environ.get("SIGLIP_FAST_TUNE") or "cached"
     if value not in MODES:
         raise ValueError(f"SIGLIP_FAST_TUNE: expected one of {', '.join(MODES)}, got {value!r}")
@@ -158,9 +154,7 @@ class Selection:
             _say_untuned(key.gpu)
         return cls(entries)
 
-    def choice(
-        self, name: str, dims: tuple[int, ...], dtype: torch.dtype, rows: int, launch: str = "eager"
-    ) -> Choice:
+    def choice(self, name: str, dims: tuple[int, ...], dtype: torch.dtype, rows: int, launch: str = "eager") -> Choice:
         """That of the nearest number of rows that was measured, if it is near; else DEFAULT. `launch`: of LAUNCHES."""
         key = (name, dims, dtype, rows, launch)
         found = self._memo.get(key)
@@ -207,11 +201,12 @@ def source_hash() -> str:
     return digest.hexdigest()[:16]
 
 
-def _version(package: str) -> str:
+def version_of(package: str) -> str | None:
+    """None where it is not installed."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
-        return "none"
+        return None
 
 
 @functools.cache

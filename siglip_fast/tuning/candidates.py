@@ -17,9 +17,9 @@ from siglip_fast.kernels.layernorm_linear import layernorm_linear_configs
 from siglip_fast.kernels.linear_residual import linear_residual_configs
 from siglip_fast.kernels.patch_embed import patch_embed_configs
 
-from ..backends import triton as routes
 from ..backends import vendor
 from ..backends.choice import DEFAULT, Choice
+from ..backends.triton import Backend
 from .cases import Case
 
 
@@ -41,7 +41,7 @@ def candidates(case: Case) -> list[Choice]:
 
 def run(case: Case, choice: Choice, args: tuple) -> Any:
     """The operation's outputs: a tensor, or hidden_states and their moments."""
-    return getattr(routes, case.operation.name)(choice, *args)
+    return getattr(Backend.fixed(choice), case.operation.name)(*args)
 
 
 def compile_ahead(case: Case, choices: Iterable[Choice], args: tuple) -> None:

@@ -24,9 +24,7 @@ class Case(NamedTuple):
         return f"{self.operation}, {self.rows} rows"
 
 
-def cases(
-    config: SiglipVisionConfig, tokens: int, dtype: torch.dtype, batch_sizes: Iterable[int]
-) -> list[Case]:
+def cases(config: SiglipVisionConfig, tokens: int, dtype: torch.dtype, batch_sizes: Iterable[int]) -> list[Case]:
     """Those of a model's forwards on images of so many tokens, one a bucket of rows, in the order of the batch sizes."""
     D, F, H, p = config.hidden_size, config.intermediate_size, config.num_attention_heads, config.patch_size
     N = tokens

@@ -5,8 +5,8 @@ import os
 import queue
 import subprocess
 import sys
+import tempfile
 import threading
-from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 
 from ..errors import without_folders
@@ -25,45 +25,35 @@ def events_of(command: Sequence[str], request: dict, stall: float) -> Iterator[d
         "SIGLIP_FAST_TUNE": "off",  # the worker measures, it does not ask for measurements
         "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),  # it finds this package as this process did
     }
-    reader, writer = os.pipe()
-    process = subprocess.Popen(
-        [*command, str(writer)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        env=environment,
-        pass_fds=[writer],
-    )
-    os.close(writer)
-    events: queue.Queue[str | None] = queue.Queue()
-    said: deque[str] = deque(maxlen=200)
+    with tempfile.TemporaryFile("w+", errors="replace") as said:
+        reader, writer = os.pipe()  # of its own: libraries print what they like
+        output = {"stdout": said, "stderr": subprocess.STDOUT, "text": True, "pass_fds": [writer]}
+        process = subprocess.Popen([*command, str(writer)], stdin=subprocess.PIPE, env=environment, **output)
+        os.close(writer)
+        events: queue.Queue[str | None] = queue.Queue()
 
-    def pump() -> None:
-        with open(reader) as lines:
-            for line in lines:
-                events.put(line)
-        events.put(None)
+        def pump() -> None:
+            with open(reader) as lines:
+                for line in lines:
+                    events.put(line)
+            events.put(None)
 
-    listener = threading.Thread(target=lambda: said.extend(process.stdout), daemon=True)
-    for thread in (listener, threading.Thread(target=pump, daemon=True)):
-        thread.start()
-    try:
-        with process.stdin as stdin:
-            json.dump(request, stdin)
-        while (line := events.get(timeout=stall)) is not None:
-            yield json.loads(line)
-        if status := process.wait(timeout=stall):
-            listener.join(timeout=1)
-            raise WorkerDied(f"ended the process (exit status {status}: {_error_in(said)})")
-    except BrokenPipeError:
-        raise WorkerDied(f"did not read its request (exit status {process.wait()})") from None
-    except (queue.Empty, subprocess.TimeoutExpired):
-        raise WorkerDied(f"gave no result in {stall:.0f} s") from None
-    finally:
-        process.kill()
-        process.wait()
+        threading.Thread(target=pump, daemon=True).start()
+        try:
+            with process.stdin as stdin:
+                json.dump(request, stdin)
+            while (line := events.get(timeout=stall)) is not None:
+                yield json.loads(line)
+            if status := process.wait(timeout=stall):
+                said.seek(0)
+                raise WorkerDied(f"ended the process (exit status {status}: {_error_in(said)})")
+        except BrokenPipeError:
+            raise WorkerDied(f"did not read its request (exit status {process.wait()})") from None
+        except (queue.Empty, subprocess.TimeoutExpired):
+            raise WorkerDied(f"gave no result in {stall:.0f} s") from None
+        finally:
+            process.kill()
+            process.wait()
 
 
 def _error_in(lines: Iterable[str]) -> str:

@@ -108,13 +108,7 @@ def _all_known(wanted: list[Case], key: Key) -> bool:
 
 
 def _tune(
-    todo: list[Case],
-    key: Key,
-    device: torch.device,
-    budget: float,
-    force: bool,
-    worker: Sequence[str],
-    stall: float,
+    todo: list[Case], key: Key, device: torch.device, budget: float, force: bool, worker: Sequence[str], stall: float
 ) -> Report:
     entries = cache.read(key)
     wanted = [case for case in todo if force or not cache.is_measured(_find(entries, case))]

@@ -24,9 +24,7 @@ from .select import Announce, Sample, Timer, select, unmeasured
 from .verify import Verifier, end, end_if_ruined
 
 MAX_COPIES = 128
-COMPILATION = (
-    "compilation of all"  # takes a candidate's place in events; where it crashes, each is compiled by itself
-)
+COMPILATION = "compilation of all"  # takes a candidate's place in events; where it crashes, each is compiled by itself
 
 
 def main() -> None:

@@ -58,9 +58,7 @@ def convolutions(monkeypatch):
 def test_weights_are_packed(ours, pixels, isa):
     ours(pixels)
     assert is_packed(ours)
-    of_head = [
-        bool(linear.weight.is_mkldnn or linear.packed) for linear in ours._derived[None].weights.head[1:]
-    ]
+    of_head = [bool(linear.weight.is_mkldnn or linear.packed) for linear in ours._derived[None].weights.head[1:]]
     assert of_head == [isa == "AVX512"] * 3
 
 
@@ -80,9 +78,7 @@ def test_convolutions_are_for_one_image(ours, pixels, isa, convolutions):
     torch.testing.assert_close(ours(batch).last_hidden_state, expected(ours, batch), atol=1e-5, rtol=0)
     larger = torch.randn(1, 3, 40, 40)
     actual = ours(larger, interpolate_pos_encoding=True).last_hidden_state
-    torch.testing.assert_close(
-        actual, expected(ours, larger, interpolate_pos_encoding=True), atol=1e-5, rtol=0
-    )
+    torch.testing.assert_close(actual, expected(ours, larger, interpolate_pos_encoding=True), atol=1e-5, rtol=0)
     threads = torch.get_num_threads()
     torch.set_num_threads(threads + 1)
     try:
@@ -120,9 +116,7 @@ with torch.no_grad():
 """
     avx2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
     environment = os.environ | avx2 | {"ONEDNN_VERBOSE": "1"}
-    run = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment
-    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
     lines = run.stdout.rpartition("CALL")[2].splitlines()
     assert sum(",convolution," in line for line in lines) == 5
     assert not [line for line in lines if ",reorder," in line]
@@ -132,15 +126,7 @@ with torch.no_grad():
 @pytest.mark.parametrize("isa", ["AVX2"], indirect=True)
 @pytest.mark.parametrize(
     "out, K, width",
-    [
-        (768, 768, 1),
-        (768, 3072, 2),
-        (1024, 4096, 4),
-        (8, 8, 1),
-        (100, 64, None),
-        (64, 100, None),
-        (1152, 4304, None),
-    ],
+    [(768, 768, 1), (768, 3072, 2), (1024, 4096, 4), (8, 8, 1), (100, 64, None), (64, 100, None), (1152, 4304, None)],
 )
 def test_how_rows_are_cut_into_pixels(out, K, width, isa):
     linear = Linear(torch.randn(out, K), torch.randn(out))

@@ -18,8 +18,7 @@ BF16, FP32 = DTYPES = torch.bfloat16, torch.float32
 KNOWN_TO = torch.torch_version.TorchVersion(torch.__version__) >= (2, 13)
 needs_cpu = pytest.mark.skipif(not APPLIES, reason="not an AMD CPU with AVX-512 BF16")
 needs_graph = pytest.mark.skipif(
-    not APPLIES
-    or not (KNOWN_TO or all(onednn_graph._is_usable(dtype, torch.get_num_threads()) for dtype in DTYPES)),
+    not APPLIES or not (KNOWN_TO or all(onednn_graph._is_usable(dtype, torch.get_num_threads()) for dtype in DTYPES)),
     reason="not an AMD CPU with AVX-512 BF16, or a torch whose oneDNN Graph lacks the attention",
 )
 
@@ -171,9 +170,7 @@ def test_where_it_applies(dtype, threads, B, N, H, images, blocks, monkeypatch):
     assert asked == ([] if images is None else [(dtype, images, N, blocks, H, 8, threads)])
 
 
-@pytest.mark.parametrize(
-    "tokens, blocks", [(1, 1), (1024, 1), (1025, 5), (1031, 1), (1152, 6), (1179, 9), (4096, 16)]
-)
+@pytest.mark.parametrize("tokens, blocks", [(1, 1), (1024, 1), (1025, 5), (1031, 1), (1152, 6), (1179, 9), (4096, 16)])
 def test_blocks_have_128_to_256_queries(tokens, blocks):
     assert onednn_graph._blocks(tokens) == blocks
 

@@ -61,9 +61,7 @@ class TestPeers:
     def test_each_device_has_ours_and_stock(self):
         for makers in peers.PEERS.values():
             assert next(iter(makers)) == rounds.OURS
-            assert {"siglip_fast, graph", "siglip_fast, tuned", "stock eager", "stock sdpa", "timm"} <= set(
-                makers
-            )
+            assert {"siglip_fast, graph", "siglip_fast, tuned", "stock eager", "stock sdpa", "timm"} <= set(makers)
 
     def test_timm_names_lose_no_weight(self):
         """That the model computes the same takes timm, which does not import beside a CPU torch."""
@@ -77,9 +75,7 @@ class TestPeers:
         assert sum(t.numel() for t in renamed.values()) == sum(t.numel() for t in state.values())
         q, _, v = renamed["blocks.1.attn.qkv.weight"].chunk(3)
         for part, name in ((q, "q_proj"), (v, "v_proj")):
-            assert any(
-                k.endswith(f"layers.1.self_attn.{name}.weight") and t.equal(part) for k, t in state.items()
-            )
+            assert any(k.endswith(f"layers.1.self_attn.{name}.weight") and t.equal(part) for k, t in state.items())
 
     @pytest.mark.parametrize("missing", ["flash_attn", "timm"])
     def test_what_is_not_installed_is_missing(self, missing, monkeypatch):
@@ -175,9 +171,7 @@ case "$*" in *get_device_name*) echo "{gpu}" ;; {behave} esac
 """)
             fake.chmod(0o755)
             command = [REPO / "bench/run_gpu.sh", "--out", self.out, *arguments]
-            return subprocess.Popen(
-                command, env=os.environ | {"PYTHON": str(fake)}, stdout=subprocess.PIPE, text=True
-            )
+            return subprocess.Popen(command, env=os.environ | {"PYTHON": str(fake)}, stdout=subprocess.PIPE, text=True)
 
         self.calls = calls
         return start
@@ -189,10 +183,7 @@ case "$*" in *get_device_name*) echo "{gpu}" ;; {behave} esac
     def test_without_a_gpu(self, start):
         status, output = self.finish(start())
         assert status == 0
-        assert (
-            "NO GPU WAS MEASURED" in output
-            and "| tune-base-patch16-224-bfloat16 | skipped: no GPU | 0 |" in output
-        )
+        assert "NO GPU WAS MEASURED" in output and "| tune-base-patch16-224-bfloat16 | skipped: no GPU | 0 |" in output
         for name in (
             "info",
             "tests-kernels",
@@ -212,9 +203,7 @@ case "$*" in *get_device_name*) echo "{gpu}" ;; {behave} esac
         assert "NO GPU" not in output
         calls = self.calls.read_text()
         assert "tune --random-weights base-patch16-224 --batch-sizes 1 64 --dtype bfloat16 --budget" in calls
-        assert str(REPO) not in {
-            line.split()[0] for line in calls.splitlines()[1:]
-        }  # it runs beside the checkout
+        assert str(REPO) not in {line.split()[0] for line in calls.splitlines()[1:]}  # it runs beside the checkout
 
     def test_ctrl_c_ends_the_stage_and_the_run(self, start):
         process = start(behave="*tests/kernels/test_attention.py*) sleep 60 ;;")

@@ -7,12 +7,7 @@ import sys
 import pytest
 import report
 
-MILLISECONDS = {
-    "siglip_fast": 2.0,
-    "siglip_fast, graph": 1.0,
-    "stock sdpa": 12.0,
-    "torch.compile, max-autotune": 1.2,
-}
+MILLISECONDS = {"siglip_fast": 2.0, "siglip_fast, graph": 1.0, "stock sdpa": 12.0, "torch.compile, max-autotune": 1.2}
 
 
 def session(device: str, benchmarks: list[dict]) -> dict:
@@ -75,9 +70,7 @@ def run(tmp_path, monkeypatch, capsys):
 
 
 def test_a_gpu(run):
-    models = session(
-        "NVIDIA H100 80GB", [result(MILLISECONDS), result({"siglip_fast": 4.0, "stock sdpa": 12.0}, 8)]
-    )
+    models = session("NVIDIA H100 80GB", [result(MILLISECONDS), result({"siglip_fast": 4.0, "stock sdpa": 12.0}, 8)])
     kernels = session("NVIDIA H100 80GB", [kernel("qkv", {"siglip_fast": 0.5, "torch": 1.0})])
     status, text, folder = run(models, kernels)
     assert status == 0 and text.rstrip("\n") == (folder / "README.md").read_text().rstrip("\n")
@@ -119,10 +112,7 @@ def test_a_cpu_is_no_gpu(run):
 
 
 def test_pictures(run):
-    kernels = [
-        kernel("qkv", {"siglip_fast": 0.5, "torch": 1.0}),
-        kernel("fc1", {"siglip_fast": 2.0, "torch": 1.0}),
-    ]
+    kernels = [kernel("qkv", {"siglip_fast": 0.5, "torch": 1.0}), kernel("fc1", {"siglip_fast": 2.0, "torch": 1.0})]
     _, text, folder = run(session("A CPU", [result(MILLISECONDS), *kernels]))
     for name in ("images_per_second.png", "ratios.png", "kernels.png"):
         assert (folder / name).read_bytes().startswith(b"\x89PNG") and name in text

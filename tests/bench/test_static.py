@@ -50,10 +50,7 @@ CASES = {
     "shipped": ("gate('sm_80', residual)", "every gate holds"),
     "spill": ("gate('sm_120', lambda: attention(qkv, tile(128, 64, 8, 2)))", "spills"),
     "shared-memory": ("gate('sm_86', lambda: residual(num_stages=6))", "shared memory"),
-    "synchronous": (
-        "gate('sm_80', lambda: residual(4352, num_stages=1))",
-        "synchronous loads in the main loop",
-    ),
+    "synchronous": ("gate('sm_80', lambda: residual(4352, num_stages=1))", "synchronous loads in the main loop"),
     "no-copies": ("gate('sm_80', lambda: residual(num_stages=1))", "no copies that feed the main loop"),
     "narrow": ("gate('sm_80', lambda: residual(K=1153))", "2-byte global loads in a loop"),
     "no-tensor-cores": (
@@ -134,8 +131,7 @@ for row in rows("{arch}", lambda: {launch}):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "operation",
-    ["linear_residual", "layernorm_linear", "patch_embed", "layernorm", "attention", "attention_pool"],
+    "operation", ["linear_residual", "layernorm_linear", "patch_embed", "layernorm", "attention", "attention_pool"]
 )
 def test_candidates_do_not_spill(operation):
     """Nor exceed the shared memory of sm_90: what so400m-patch14-384 may run there, at batch 1 and 64 images or rows."""

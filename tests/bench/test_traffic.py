@@ -83,8 +83,7 @@ def test_rereads_by_hand():
     config = SiglipVisionConfig(**TINY | {"hidden_size": 512, "image_size": 96})
     pixels = torch.empty(BATCH, 3, 96, 96, dtype=torch.bfloat16, device="meta")
     programs, blocks = (
-        math.ceil(size / attention_pool.POOL_CONFIG[block])
-        for size, block in ((512, "BLOCK_D"), (144, "BLOCK_N"))
+        math.ceil(size / attention_pool.POOL_CONFIG[block]) for size, block in ((512, "BLOCK_D"), (144, "BLOCK_N"))
     )
     assert programs > 1 and blocks > 1
     tokens, scores = 144 * 512 * 2, 4 * 512 * 4

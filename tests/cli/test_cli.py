@@ -113,13 +113,7 @@ pytestmark = pytest.mark.filterwarnings("error::pytest.PytestUnraisableException
 
 class TestImages:
     def test_a_mixed_folder(self, here, checkpoint, capsys):
-        good = [
-            "photos/1.png",
-            "photos/b/naïve 日本.PNG",
-            "photos/b/z.webp",
-            "photos/c.tiff",
-            "photos/a/ü.bmp",
-        ]
+        good = ["photos/1.png", "photos/b/naïve 日本.PNG", "photos/b/z.webp", "photos/c.tiff", "photos/a/ü.bmp"]
         for seed, path in enumerate(good):
             if path.endswith("webp"):
                 (here / path).parent.mkdir(parents=True, exist_ok=True)
@@ -128,13 +122,7 @@ class TestImages:
                 save(path, picture(seed))
         whole = Path(save("photos/d.png", picture(99))).read_bytes()
         Path("photos/d.png").unlink()
-        bad = [
-            "photos/empty.jpg",
-            "photos/text.jpg",
-            "photos/cut.png",
-            "photos/gone.png",
-            "photos/b/bits.png",
-        ]
+        bad = ["photos/empty.jpg", "photos/text.jpg", "photos/cut.png", "photos/gone.png", "photos/b/bits.png"]
         Path(bad[0]).touch()
         Path(bad[1]).write_text("not an image")
         Path(bad[2]).write_bytes(whole[: len(whole) // 2])
@@ -145,13 +133,7 @@ class TestImages:
         assert run(checkpoint, "photos", "--out", "out.parquet", "--batch-size", 2) == 1
 
         paths, rows = read("out.parquet")
-        order = [
-            "photos/1.png",
-            "photos/c.tiff",
-            "photos/a/ü.bmp",
-            "photos/b/naïve 日本.PNG",
-            "photos/b/z.webp",
-        ]
+        order = ["photos/1.png", "photos/c.tiff", "photos/a/ü.bmp", "photos/b/naïve 日本.PNG", "photos/b/z.webp"]
         assert paths == order
         check(rows, expected(checkpoint, [picture(good.index(path)) for path in order]))
         out, err = capsys.readouterr()
@@ -192,11 +174,7 @@ class TestImages:
 
     def test_exif_orientation(self, here, checkpoint):
         upright = picture(3)
-        for orientation, stored in {
-            6: np.rot90(upright),
-            3: np.rot90(upright, 2),
-            2: upright[:, ::-1],
-        }.items():
+        for orientation, stored in {6: np.rot90(upright), 3: np.rot90(upright, 2), 2: upright[:, ::-1]}.items():
             exif = Image.Exif()
             exif[0x0112] = orientation
             Image.fromarray(np.ascontiguousarray(stored)).save(f"{orientation}.png", exif=exif)
@@ -347,8 +325,7 @@ class TestOutput:
         assert sorted(os.listdir()) == ["in", "out.npy", "out.paths.txt"]
 
     @pytest.mark.parametrize(
-        ("out", "existing"),
-        [("out.parquet", "out.parquet"), ("out.npy", "out.npy"), ("out.npy", "out.paths.txt")],
+        ("out", "existing"), [("out.parquet", "out.parquet"), ("out.npy", "out.npy"), ("out.npy", "out.paths.txt")]
     )
     def test_existing_output_needs_force(self, here, checkpoint, capsys, monkeypatch, out, existing):
         save("a.png", picture(0))
@@ -411,9 +388,7 @@ class TestOutput:
             (torch.OutOfMemoryError("CUDA out of memory."), 2, "Try a smaller --batch-size"),
         ],
     )
-    def test_foreseeable_failures_are_one_line(
-        self, here, checkpoint, capsys, monkeypatch, error, status, message
-    ):
+    def test_foreseeable_failures_are_one_line(self, here, checkpoint, capsys, monkeypatch, error, status, message):
         save("a.png", picture(0))
 
         def fail(self, *args, **kwargs):
@@ -548,10 +523,7 @@ class TestModels:
 
     @pytest.mark.parametrize(
         ("args", "message"),
-        [
-            (["--device", "nonsense"], "--device nonsense: "),
-            (["--backend", "triton"], "backend='triton' cannot"),
-        ],
+        [(["--device", "nonsense"], "--device nonsense: "), (["--backend", "triton"], "backend='triton' cannot")],
     )
     def test_where_it_cannot_run(self, here, checkpoint, capsys, monkeypatch, args, message):
         import triton
@@ -641,10 +613,7 @@ class TestProcess:
         done = subprocess.run(
             [sys.executable, "-c", code], env=self.ENVIRONMENT, capture_output=True, text=True, timeout=60
         )
-        assert (done.returncode, done.stderr) == (
-            0,
-            "siglip-fast: error: nowhere.png: no such file or folder\n",
-        )
+        assert (done.returncode, done.stderr) == (0, "siglip-fast: error: nowhere.png: no such file or folder\n")
         assert "embed" in done.stdout and "demo" in done.stdout
 
     def test_version(self, capsys):
@@ -655,10 +624,7 @@ class TestProcess:
 
     @pytest.mark.parametrize(
         "out, stop, status, last_line",
-        [
-            ("out.parquet", signal.SIGINT, 130, "interrupted"),
-            ("out.npy", signal.SIGTERM, 143, "terminated"),
-        ],
+        [("out.parquet", signal.SIGINT, 130, "interrupted"), ("out.npy", signal.SIGTERM, 143, "terminated")],
     )
     def test_it_is_stopped(self, here, checkpoint, out, stop, status, last_line):
         save("in/0.png", picture(0))
@@ -718,7 +684,9 @@ class TestDemo:
             assert type(stock) is transformers.SiglipVisionModel
             if attention == spoiled:
                 mlp = getattr(stock, "vision_model", stock).encoder.layers[0].mlp
-                mlp.fc2.bias = torch.nn.Parameter(mlp.fc2.bias + 0.01)  # model's own stays as it is
+                shift = torch.zeros_like(mlp.fc2.bias)
+                shift[3] = 0.01
+                mlp.fc2.bias = torch.nn.Parameter(mlp.fc2.bias + shift)  # ours stays as it is
             return stock
 
         monkeypatch.setattr(demo, "stock_twin", wrong)

@@ -6,13 +6,7 @@ import torch
 import zoo
 from models import TINY
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import (
-    PreTrainedTokenizerFast,
-    SiglipConfig,
-    SiglipImageProcessor,
-    SiglipModel,
-    SiglipProcessor,
-)
+from transformers import PreTrainedTokenizerFast, SiglipConfig, SiglipImageProcessor, SiglipModel, SiglipProcessor
 
 WORDS = ["<pad>", "<unk>", "</s>", *"a photo of cat dog".split()]
 TINY_TEXT = {

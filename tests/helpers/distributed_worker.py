@@ -16,11 +16,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from models import TINY, drop_in, stock_model
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    set_model_state_dict,
-)
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, _fully_shard, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from transformers import SiglipVisionConfig

@@ -34,10 +34,7 @@ MUTANTS = {
         f"{_ATTENTION} base-224-and-one'",
     ),
     "attention-tail-not-masked": Mutant(
-        "kernels/attention.py",
-        'tl.where(keys[None, :] < N, scores, float("-inf"))',
-        "scores",
-        f"{_ATTENTION} d-32'",
+        "kernels/attention.py", 'tl.where(keys[None, :] < N, scores, float("-inf"))', "scores", f"{_ATTENTION} d-32'"
     ),
     "attention-tail-loads-not-masked": Mutant(
         "kernels/attention.py",
@@ -57,17 +54,9 @@ MUTANTS = {
         "    v_ptr = q_ptr + HEADS * HEAD_DIM\n    k_ptr = v_ptr + HEADS * HEAD_DIM",
         f"{_ATTENTION} d-32'",
     ),
-    "attention-no-scale": Mutant(
-        "kernels/attention.py",
-        "    scores *= scale\n",
-        "",
-        f"{_ATTENTION} d-32'",
-    ),
+    "attention-no-scale": Mutant("kernels/attention.py", "    scores *= scale\n", "", f"{_ATTENTION} d-32'"),
     "attention-old-sum-not-rescaled": Mutant(
-        "kernels/attention.py",
-        "acc0 * alpha[:, None]",
-        "acc0",
-        f"{_ATTENTION} base-224-and-one'",
+        "kernels/attention.py", "acc0 * alpha[:, None]", "acc0", f"{_ATTENTION} base-224-and-one'"
     ),
     "attention-batches-race-for-one-output": Mutant(
         "kernels/attention.py",
@@ -82,10 +71,7 @@ MUTANTS = {
         f"{_RESIDUAL} bf16 and N-and-K'",
     ),
     "gemm-k-tail-not-masked": Mutant(
-        "kernels/gemm.py",
-        "if K % BLOCK_K == 0:",
-        "if K > 0:",
-        f"{_RESIDUAL} bf16 and N-and-K'",
+        "kernels/gemm.py", "if K % BLOCK_K == 0:", "if K > 0:", f"{_RESIDUAL} bf16 and N-and-K'"
     ),
     "gemm-rows-not-clamped": Mutant(
         "kernels/gemm.py",
@@ -101,16 +87,10 @@ MUTANTS = {
         interpreted=True,
     ),
     "gemm-group-forgets-its-start": Mutant(
-        "kernels/gemm.py",
-        "tile_m = group * GROUP_M + ",
-        "tile_m = ",
-        f"{_NORMED} bf16 and plain and group'",
+        "kernels/gemm.py", "tile_m = group * GROUP_M + ", "tile_m = ", f"{_NORMED} bf16 and plain and group'"
     ),
     "gelu-without-its-cube": Mutant(
-        "kernels/gemm.py",
-        "(x + 0.044715 * x * x * x)",
-        "x",
-        f"{_NORMED} bf16 and gelu and K-no'",
+        "kernels/gemm.py", "(x + 0.044715 * x * x * x)", "x", f"{_NORMED} bf16 and gelu and K-no'"
     ),
     "split-k-parts-one-block-short": Mutant(
         "kernels/gemm.py",
@@ -119,10 +99,7 @@ MUTANTS = {
         f"{_SPLIT} parts-of'",
     ),
     "split-k-parts-overlap": Mutant(
-        "kernels/gemm.py",
-        "last = min(first + PART, K) if",
-        "last = K if",
-        f"{_SPLIT} parts-of'",
+        "kernels/gemm.py", "last = min(first + PART, K) if", "last = K if", f"{_SPLIT} parts-of'"
     ),
     "split-k-parts-of-a-rounded-down-size": Mutant(
         "kernels/gemm.py",
@@ -131,10 +108,7 @@ MUTANTS = {
         f"{_SPLIT} ragged-K'",
     ),
     "split-k-parts-all-begin-at-the-beginning": Mutant(
-        "kernels/gemm.py",
-        "first = tl.program_id(1) * PART if SPLIT_K > 1 else 0",
-        "first = 0",
-        f"{_SPLIT} parts-of'",
+        "kernels/gemm.py", "first = tl.program_id(1) * PART if SPLIT_K > 1 else 0", "first = 0", f"{_SPLIT} parts-of'"
     ),
     "split-k-weights-of-the-first-part": Mutant(
         "kernels/gemm.py",
@@ -206,28 +180,16 @@ MUTANTS = {
         f"{_EPILOGUE} partials and 7'",
     ),
     "epilogue-first-partial-twice": Mutant(
-        "kernels/residual_epilogue.py",
-        "(split * N)",
-        "((split - 1) * N)",
-        f"{_EPILOGUE} partials and 7'",
+        "kernels/residual_epilogue.py", "(split * N)", "((split - 1) * N)", f"{_EPILOGUE} partials and 7'"
     ),
     "epilogue-forgets-the-residual": Mutant(
-        "kernels/residual_epilogue.py",
-        "if residual_ptr is not None:",
-        "if False:",
-        f"{_EPILOGUE} after_a_gemm and 40'",
+        "kernels/residual_epilogue.py", "if residual_ptr is not None:", "if False:", f"{_EPILOGUE} after_a_gemm and 40'"
     ),
     "epilogue-forgets-the-bias": Mutant(
-        "kernels/residual_epilogue.py",
-        "if bias_ptr is not None:",
-        "if False:",
-        f"{_EPILOGUE} after_a_gemm and 40'",
+        "kernels/residual_epilogue.py", "if bias_ptr is not None:", "if False:", f"{_EPILOGUE} after_a_gemm and 40'"
     ),
     "epilogue-moments-of-the-unrounded-sum": Mutant(
-        "kernels/residual_epilogue.py",
-        "        out = stored.to(tl.float32)\n",
-        "",
-        f"{_EPILOGUE} after_a_gemm and 40'",
+        "kernels/residual_epilogue.py", "        out = stored.to(tl.float32)\n", "", f"{_EPILOGUE} after_a_gemm and 40'"
     ),
     "epilogue-column-tail-not-masked": Mutant(
         "kernels/residual_epilogue.py",
@@ -285,10 +247,7 @@ MUTANTS = {
         "tests/kernels/test_patch_embed.py -k 'triton and bf16 and dropped-pixels'",
     ),
     "uint8-scale-forgotten": Mutant(
-        "kernels/patch_embed.py",
-        "acc = acc * scale + ",
-        "acc = acc + ",
-        f"{_UINT8} and random and siglip'",
+        "kernels/patch_embed.py", "acc = acc * scale + ", "acc = acc + ", f"{_UINT8} and random and siglip'"
     ),
     "uint8-not-around-zero": Mutant(
         "kernels/patch_embed.py",
@@ -297,10 +256,7 @@ MUTANTS = {
         f"{_UINT8} and random and siglip'",
     ),
     "uint8-scale-of-the-first-channel-for-all": Mutant(
-        "siglip_fast/running/uint8.py",
-        "if not (ratio == 1).all():",
-        "if False:",
-        f"{_UINT8} and random and imagenet'",
+        "siglip_fast/running/uint8.py", "if not (ratio == 1).all():", "if False:", f"{_UINT8} and random and imagenet'"
     ),
     "uint8-shift-of-the-unrounded-weights": Mutant(
         "siglip_fast/running/uint8.py",

@@ -22,7 +22,7 @@ GATE = {
     "models/test_distributed.py": r"",
     "integrations/test_ray.py": r"",
     "integrations/test_sentence_transformers.py": r"",
-    "test_recipes.py": r"--ray|test_runs\[(?!The drop-in)",
+    "test_recipes.py": r"--ray|test_runs\[(?!From image files|In a model)",
     "tuning/test_tune.py": r"end_to_end|compile_ahead|two_at_once|hang|interrupted_by",
     "models/test_swap.py": r"from_many_threads|TestRegister::test_(loaded|nothing_is_left)\[(?!siglip|paligemma)",
     # torch.compile's own time

@@ -17,12 +17,7 @@ from siglip_fast.ops import Ops
 
 VOCABULARY = 64
 IMAGE = 63  # the token in whose place an image's features go
-SIZE = {
-    "hidden_size": 64,
-    "intermediate_size": 100,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-}
+SIZE = {"hidden_size": 64, "intermediate_size": 100, "num_hidden_layers": 2, "num_attention_heads": 4}
 PATCHES = {"image_size": 32, "patch_size": 8}  # 16 of them
 VISION = {"model_type": "siglip_vision_model", **SIZE, **PATCHES}
 HEADLESS = VISION | {"vision_use_head": False}  # as published vision-language models have it
@@ -114,11 +109,7 @@ def naflex(height: int = 3, width: int = 5) -> Inputs:
     mask = torch.ones(2, 16, dtype=torch.int64)
     mask[1, height * width :] = 0
     shapes = torch.tensor([[4, 4], [height, width]])
-    return {
-        "pixel_values": pixels(2).view(2, 16, 192),
-        "pixel_attention_mask": mask,
-        "spatial_shapes": shapes,
-    }
+    return {"pixel_values": pixels(2).view(2, 16, 192), "pixel_attention_mask": mask, "spatial_shapes": shapes}
 
 
 SIGLIP2_VISION = {**SIZE, "patch_size": 8, "num_patches": 16}
@@ -179,12 +170,7 @@ def pi0():
     return model, {**prompt(16), **inputs}
 
 
-GEMMA3 = {
-    "mm_tokens_per_image": 4,
-    "image_token_index": IMAGE,
-    "boi_token_index": 61,
-    "eoi_token_index": 62,
-}
+GEMMA3 = {"mm_tokens_per_image": 4, "image_token_index": IMAGE, "boi_token_index": 61, "eoi_token_index": 62}
 
 
 @zoo
@@ -278,9 +264,7 @@ def modernvbert():
 @zoo
 def colmodernvbert():
     vlm_config = modernvbert()[0].config
-    model = make(
-        "ColModernVBertForRetrieval", "ColModernVBertConfig", vlm_config=vlm_config, embedding_dim=16
-    )
+    model = make("ColModernVBertForRetrieval", "ColModernVBertConfig", vlm_config=vlm_config, embedding_dim=16)
     return model, {**prompt(4), "pixel_values": pixels(2, 1)}
 
 

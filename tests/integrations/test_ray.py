@@ -99,19 +99,15 @@ class TestImages:
         np.testing.assert_allclose(our_rows, rows, rtol=0, atol=1e-5 * np.abs(rows).max())
         check(our_rows, expected(checkpoint, [picture(seed) for seed in range(11)]))
         for part in PARTS[:3]:
-            assert parquet.read_schema(f"out/{part}").equals(
-                parquet.read_schema("one.parquet"), check_metadata=True
-            )
+            assert parquet.read_schema(f"out/{part}").equals(parquet.read_schema("one.parquet"), check_metadata=True)
 
     def test_parts_and_errors(self, written, monkeypatch):
         monkeypatch.chdir(written)
-        assert files("out") == sorted(
-            ["_settings.json", *PARTS[:3], *[f"_errors/{part}" for part in PARTS[:3]]]
-        )
+        assert files("out") == sorted(["_settings.json", *PARTS[:3], *[f"_errors/{part}" for part in PARTS[:3]]])
         assert [len(read(f"out/{part}")[0]) for part in PARTS[:3]] == [4, 4, 3]
         reasons = errors("out")
         assert set(reasons) == {"in/03b.png", "in/07b.jpg", "in/08\\udcff.png"}
-        assert "identify" in reasons["in/03b.png"] and "utf-8" in reasons["in/08\\udcff.png"]
+        assert "identify" in reasons["in/03b.png"] and "UTF-8" in reasons["in/08\\udcff.png"]
         assert set(os.listdir()) - {"one.parquet"} == {"in", "out"}
 
     def test_all_done_is_not_done_again(self, written, checkpoint, monkeypatch, capsys):
@@ -151,11 +147,7 @@ class TestImages:
 
 class TestParquet:
     def test_both_kinds_of_columns(self, here, checkpoint, capsys):
-        plain = {
-            "image": [encode(picture(i)) for i in range(7)],
-            "path": [f"p{i}" for i in range(7)],
-            "label": [0] * 7,
-        }
+        plain = {"image": [encode(picture(i)) for i in range(7)], "path": [f"p{i}" for i in range(7)], "label": [0] * 7}
         plain["image"][2], plain["image"][4], plain["path"][5] = b"no image", None, None
         parquet.write_table(pa.table(plain), "a.parquet", row_group_size=2)
         kind = pa.struct({"bytes": pa.binary(), "path": pa.string()})
@@ -169,11 +161,7 @@ class TestParquet:
         paths, rows = read("out")
         assert paths == names
         check(rows, expected(checkpoint, [picture(i) for i in (0, 1, 3, 5, 6, 10, 11, 13)]))
-        assert errors("out") == {
-            "p2": "cannot identify an image in it",
-            "p4": "empty",
-            "b.parquet:2": "empty",
-        }
+        assert errors("out") == {"p2": "cannot identify an image in it", "p4": "empty", "b.parquet:2": "empty"}
         # whole row groups: 2 + 2 rows, 2 + 1 rows, and another file begins another part
         assert [len(read(f"out/{part}")[0]) for part in PARTS[:3]] == [3, 2, 3]
         assert "8 images embedded, 3 skipped" in capsys.readouterr().out
@@ -184,10 +172,7 @@ class TestParquet:
             ([], "no column 'image' among ['jpg', 'key', 'n']; --image-column"),
             (["--image-column", "key"], "column 'key' is string, expected binary"),
             (["--image-column", "jpg"], "no column 'path' among"),
-            (
-                ["--image-column", "jpg", "--id-column", "jpg"],
-                "column 'jpg' is binary, expected text or numbers",
-            ),
+            (["--image-column", "jpg", "--id-column", "jpg"], "column 'jpg' is binary, expected text or numbers"),
             (["in"], "expected images or Parquet files, got both"),
             (["broken.parquet", "--image-column", "jpg", "--id-column", "n"], "broken.parquet: "),
         ],
@@ -239,9 +224,7 @@ class TestDeaths:
         assert run(checkpoint, *names, "--out", "out", *SLOW) == 0
         assert left == [True]  # it had not finished its part
         assert read("out")[0] == names  # nothing lost, nothing doubled, in order
-        assert files("out") == sorted(
-            ["_settings.json", *PARTS[:6], *[f"_errors/{part}" for part in PARTS[:6]]]
-        )
+        assert files("out") == sorted(["_settings.json", *PARTS[:6], *[f"_errors/{part}" for part in PARTS[:6]]])
 
     @pytest.mark.parametrize(
         ("number", "status"),
@@ -253,24 +236,10 @@ class TestDeaths:
     )
     def test_the_command_is_stopped_and_run_again(self, here, checkpoint, number, status):
         names = slow_images(18)
-        args = [
-            "embed",
-            "in",
-            "--out",
-            "out",
-            *SLOW,
-            "--ray-actors",
-            1,
-            "--model",
-            checkpoint,
-            "--device",
-            "cpu",
-        ]
+        args = ["embed", "in", "--out", "out", *SLOW, "--ray-actors", 1, "--model", checkpoint, "--device", "cpu"]
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         with open("log", "w") as stderr:
-            process = subprocess.Popen(
-                [sys.executable, "-c", CODE, *map(str, args)], env=environment, stderr=stderr
-            )
+            process = subprocess.Popen([sys.executable, "-c", CODE, *map(str, args)], env=environment, stderr=stderr)
         children: list[psutil.Process] = []
         try:
             deadline = time.monotonic() + 200
@@ -303,9 +272,7 @@ class TestDeaths:
         assert run(checkpoint, "in", "--out", "out", *SLOW) == 0
         assert finished.items() <= identities("out").items()  # what was finished is not touched
         assert read("out")[0] == names
-        assert files("out") == sorted(
-            ["_settings.json", *PARTS[:6], *[f"_errors/{part}" for part in PARTS[:6]]]
-        )
+        assert files("out") == sorted(["_settings.json", *PARTS[:6], *[f"_errors/{part}" for part in PARTS[:6]]])
         assert sorted(os.listdir()) == ["in", "log", "out"]
 
     @pytest.mark.slow
@@ -360,9 +327,7 @@ class TestFailures:
     @pytest.mark.parametrize("kind", ["file", "folder"])
     def test_what_is_there_is_not_touched(self, here, checkpoint, capsys, kind):
         save("a.png", picture(0))
-        Path("out").write_text("precious") if kind == "file" else save(
-            "out/part-000000.parquet.png", picture(1)
-        )
+        Path("out").write_text("precious") if kind == "file" else save("out/part-000000.parquet.png", picture(1))
         assert run(checkpoint, "a.png", "--out", "out", "--force", *SMALL) == 2
         assert ("is a file" if kind == "file" else "is not empty") in capsys.readouterr().err
         assert len(files(".")) == 2
@@ -420,11 +385,7 @@ class TestPlace:
             ([{"CPU": 8}, {"CPU": 4}, {}], {}, ("cpu", "float32", {"actors": 2, "num_cpus": 4})),
             ([{"CPU": 8}, {"CPU": 5}], {"ray_actors": 3}, ("cpu", "float32", {"actors": 3, "num_cpus": 2})),
             ([{"CPU": 1}], {"ray_actors": 2}, ("cpu", "float32", {"actors": 2, "num_cpus": 0.5})),
-            (
-                [{"CPU": 8, "GPU": 4}, {"CPU": 8, "GPU": 2}],
-                {},
-                ("cuda", "bfloat16", {"actors": 6, "num_gpus": 1}),
-            ),
+            ([{"CPU": 8, "GPU": 4}, {"CPU": 8, "GPU": 2}], {}, ("cuda", "bfloat16", {"actors": 6, "num_gpus": 1})),
             ([{"CPU": 8, "GPU": 4}], {"device": "cpu"}, ("cpu", "float32", {"actors": 1, "num_cpus": 8})),
             (
                 [{"CPU": 8, "GPU": 4}],
@@ -457,10 +418,7 @@ class TestPartWriter:
         part = {"index": 0, "rows": 2, "images": ["x.png", "y.png"]}
         assert writer({"part": [json.dumps(part)]}) == {"rows": [2], "route": [""], "failure": [""]}
         assert read("out")[0] == []
-        assert (
-            parquet.read_schema("out/part-000000.parquet").field("embedding").type.list_size
-            == TINY["hidden_size"]
-        )
+        assert parquet.read_schema("out/part-000000.parquet").field("embedding").type.list_size == TINY["hidden_size"]
         assert errors("out") == {"x.png": "No such file or directory", "y.png": "No such file or directory"}
 
     def test_it_gives_up_on_a_part_that_killed_others(self, here, writer):
@@ -474,9 +432,7 @@ class TestPartWriter:
         assert writer({"part": [json.dumps(part)]})["failure"] == [""]
 
     def test_a_table_that_breaks_is_told(self, here, writer):
-        parquet.write_table(
-            pa.table({"image": [os.urandom(9000)], "path": ["a"]}), "a.parquet", compression="zstd"
-        )
+        parquet.write_table(pa.table({"image": [os.urandom(9000)], "path": ["a"]}), "a.parquet", compression="zstd")
         whole = bytearray(Path("a.parquet").read_bytes())
         whole[4:400] = bytes(396)
         Path("a.parquet").write_bytes(whole)
@@ -531,9 +487,7 @@ class TestEmbedder:
         check(np.array([rows[0], rows[2]], np.float32), expected(checkpoint, [picture(0), picture(2)]))
 
     def test_other_batches_are_errors(self, embedder):
-        with pytest.raises(
-            ValueError, match=re.escape("no column 'img' in the batch, which has ['image', 'key']")
-        ):
+        with pytest.raises(ValueError, match=re.escape("no column 'img' in the batch, which has ['image', 'key']")):
             embedder({"image": np.array([b""]), "key": np.array(["a"])})
         with pytest.raises(TypeError, match="holds ndarray, expected bytes"):
             embedder({"img": np.zeros((1, 4, 4, 3), np.uint8), "key": np.array(["a"])})

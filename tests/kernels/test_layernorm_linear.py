@@ -63,9 +63,7 @@ def test_accuracy(M, K, N, gelu, dtype, backend, device):
 def test_eps_counts(dtype, backend, device):
     x, norm, weight, bias = make(3, 128, 136, dtype, device)
     x, norm.eps = (0.1 * torch.randn(3, 128)).to(device, dtype), 0.5
-    out = Ops(backend).layernorm_linear(
-        x, moments_of(x, backend), fold(norm, weight, bias, backend, tokens=len(x))
-    )
+    out = Ops(backend).layernorm_linear(x, moments_of(x, backend), fold(norm, weight, bias, backend, tokens=len(x)))
     expected = reference.linear(reference.layernorm(x, norm.weight, norm.bias, 0.5), weight, bias)
     reference.assert_accurate(out, expected, F.linear(norm(x), weight, bias))
 
@@ -74,9 +72,7 @@ def test_a_mean_that_dwarfs_the_deviation(dtype, backend, device):
     """What the mean contributes to the GEMM is many times what is to remain."""
     x, norm, weight, bias = make(3, 768, 136, dtype, device)
     x = (torch.randn(3, 768) + 30).to(device, dtype)
-    out = Ops(backend).layernorm_linear(
-        x, moments_of(x, backend), fold(norm, weight, bias, backend, tokens=len(x))
-    )
+    out = Ops(backend).layernorm_linear(x, moments_of(x, backend), fold(norm, weight, bias, backend, tokens=len(x)))
     expected = reference.linear(reference.layernorm(x, norm.weight, norm.bias, norm.eps), weight, bias)
     reference.assert_accurate(out, expected, F.linear(norm(x), weight, bias))
 

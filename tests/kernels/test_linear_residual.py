@@ -36,10 +36,7 @@ def test_accuracy(M, K, N, with_residual, dtype, backend, device):
     packed = Ops(backend).pack(linear, tokens=M)
     residual = reference.outliers(M, N).to(device, dtype) if with_residual else None
     out, moments = Ops(backend).linear_residual(x, packed, residual)
-    expected, same_dtype = (
-        reference.linear(x, linear.weight, linear.bias),
-        F.linear(x, linear.weight, linear.bias),
-    )
+    expected, same_dtype = (reference.linear(x, linear.weight, linear.bias), F.linear(x, linear.weight, linear.bias))
     if with_residual:
         expected, same_dtype = expected + residual.double(), same_dtype + residual
     reference.assert_accurate(out, expected, same_dtype)
@@ -134,10 +131,7 @@ def test_tensor_descriptors(more, dtype, backend, device):
 
 def test_what_tensor_descriptors_cannot_read(device):
     def launch(K, dtype=torch.float16, shift=0):
-        x, weight = (
-            torch.zeros(3 * K + shift, dtype=dtype)[shift:].view(3, K),
-            torch.zeros(40, K, dtype=dtype),
-        )
+        x, weight = (torch.zeros(3 * K + shift, dtype=dtype)[shift:].view(3, K), torch.zeros(40, K, dtype=dtype))
         x, weight, bias = x.to(device), weight.to(device), torch.zeros(40, dtype=dtype, device=device)
         linear_residual(x, weight, bias, None, TILE | {"TMA": True})
 

@@ -41,9 +41,7 @@ def test_killed(name, copy):
     mutant = MUTANTS[name]
     path = copy / "siglip_fast" / mutant.file.removeprefix("siglip_fast/")
     source = path.read_text()
-    assert source.count(mutant.old) == 1, (
-        f"{mutant.file} holds the text to break {source.count(mutant.old)} times"
-    )
+    assert source.count(mutant.old) == 1, f"{mutant.file} holds the text to break {source.count(mutant.old)} times"
     path.write_text(source.replace(mutant.old, mutant.new))
     result = run(copy, mutant)
     # 1: tests failed; negative: a wild access in the interpreter took the process with it
@@ -51,9 +49,7 @@ def test_killed(name, copy):
     assert result.returncode < 0 or " failed" in result.stdout, result.stdout[-2000:]
 
 
-@pytest.mark.parametrize(
-    "tests", sorted({(m.tests, m.interpreted) for m in MUTANTS.values()}), ids=lambda t: t[0]
-)
+@pytest.mark.parametrize("tests", sorted({(m.tests, m.interpreted) for m in MUTANTS.values()}), ids=lambda t: t[0])
 def test_unbroken_copy_passes(tests, copy):
     """Or the failures above would show nothing."""
     result = run(copy, Mutant("", "", "", *tests))

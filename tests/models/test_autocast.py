@@ -26,9 +26,7 @@ def pixels():
 
 
 @pytest.fixture(params=["torch", "cpu"])
-def backend(
-    request,
-) -> str:  # Triton runs no bf16 here; tests/kernels/test_float32_stream.py has its operations
+def backend(request) -> str:  # Triton runs no bf16 here; tests/kernels/test_float32_stream.py has its operations
     return request.param
 
 
@@ -36,9 +34,7 @@ def assert_like_stock(ours, stock, pixels, **kwargs):
     actual, expected = ours(pixels, **kwargs), stock(pixels, **kwargs)
     assert actual.keys() == expected.keys()
     for a, b in zip(
-        torch.utils._pytree.tree_leaves(dict(actual)),
-        torch.utils._pytree.tree_leaves(dict(expected)),
-        strict=True,
+        torch.utils._pytree.tree_leaves(dict(actual)), torch.utils._pytree.tree_leaves(dict(expected)), strict=True
     ):
         assert a.dtype == b.dtype
         torch.testing.assert_close(a, b, atol=0.05, rtol=0.05)

@@ -39,9 +39,7 @@ def assert_equal_outputs(stock, ours, pixel_values, tolerance=1e-4, **kwargs):
 
 
 # 4096 tokens: stock's eager attention takes a gigabyte and a minute
-PUBLISHED = [
-    pytest.param(name, marks=pytest.mark.slow) if name.endswith("896") else name for name in VARIANTS
-]
+PUBLISHED = [pytest.param(name, marks=pytest.mark.slow) if name.endswith("896") else name for name in VARIANTS]
 
 
 @pytest.mark.parametrize("variant", PUBLISHED)
@@ -95,11 +93,7 @@ def check_half_precision(config, dtype, backend, device):
     pixel_values = torch.randn(2, 3, config.image_size, config.image_size).to(device, dtype)
     assert ours.why_not(pixel_values) is None
     expected, actual, stocks = exact(pixel_values.double()), ours(pixel_values), same_dtype(pixel_values)
-    for get in (
-        lambda o: o.last_hidden_state,
-        lambda o: o.last_hidden_state.mean(1),
-        lambda o: o.pooler_output,
-    ):
+    for get in (lambda o: o.last_hidden_state, lambda o: o.last_hidden_state.mean(1), lambda o: o.pooler_output):
         reference.assert_accurate(get(actual), get(expected), get(stocks))
 
 
@@ -232,10 +226,7 @@ class TestWrongInput:
         assert outcomes[0] == outcomes[1]
 
     def test_no_tensor(self, tiny):
-        with (
-            torch.no_grad(),
-            pytest.raises(TypeError, match="pixel_values: expected a torch.Tensor, got list"),
-        ):
+        with torch.no_grad(), pytest.raises(TypeError, match="pixel_values: expected a torch.Tensor, got list"):
             drop_in(tiny)([1, 2])
 
     def test_unknown_backend(self):

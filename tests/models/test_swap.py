@@ -148,9 +148,7 @@ class TestApplyTo:
     )
     def test_copies_stay_fast(self, name, copied, attentions):
         model, inputs = zoo.build(name)
-        expected = zoo.run(
-            zoo.build(name)[0], inputs
-        )  # another: stock's hooks, once installed, cannot be pickled
+        expected = zoo.run(zoo.build(name)[0], inputs)  # another: stock's hooks, once installed, cannot be pickled
         siglip_fast.apply_to(model, backend="torch", strict=True)
         zoo.run(model, inputs)
         twin = copied(model)
@@ -316,10 +314,7 @@ def everything_global():
         if "Siglip" in name and isinstance(value, type)
     }
     attributes = {
-        (c.__name__, name): value
-        for c in names.values()
-        for name, value in vars(c).items()
-        if callable(value)
+        (c.__name__, name): value for c in names.values() for name, value in vars(c).items() if callable(value)
     }
     return mappings, names, attributes
 
@@ -451,9 +446,7 @@ class TestPipelines:
     def image(self):
         from PIL import Image
 
-        pixels = torch.randint(
-            256, (40, 50, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
-        )
+        pixels = torch.randint(256, (40, 50, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
         return Image.fromarray(pixels.numpy())
 
     @pytest.fixture
@@ -506,9 +499,7 @@ class TestPipelines:
     def test_by_name_of_a_folder(self, image, processor, registered, tmp_path, attentions):
         zoo.build("siglip_vision")[0].save_pretrained(tmp_path)
         processor.save_pretrained(tmp_path)
-        pipeline = transformers.pipeline(
-            "image-feature-extraction", model=str(tmp_path), image_processor=processor
-        )
+        pipeline = transformers.pipeline("image-feature-extraction", model=str(tmp_path), image_processor=processor)
         assert type(pipeline.model) is siglip_fast.SiglipVisionModel
         pipeline(image)
         assert len(attentions) == 2

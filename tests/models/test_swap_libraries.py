@@ -131,9 +131,7 @@ class TestAccelerate:
         assert equal(zoo.run(model, inputs), expected)
         assert not attentions
 
-    def test_a_tower_in_place_beside_an_offloaded_language_model(
-        self, swapped, accelerate, attentions, tmp_path
-    ):
+    def test_a_tower_in_place_beside_an_offloaded_language_model(self, swapped, accelerate, attentions, tmp_path):
         model, inputs = zoo.build("paligemma")
         expected = zoo.run(model, inputs)
         model = swapped(model, with_one_on_disk(accelerate, "model.language_model", tmp_path))
@@ -175,9 +173,7 @@ def bitsandbytes(name):
     library = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
 
     def kind(linear):
-        arguments = (
-            {"has_fp16_weights": False} if name == "Linear8bitLt" else {"compute_dtype": torch.float32}
-        )
+        arguments = {"has_fp16_weights": False} if name == "Linear8bitLt" else {"compute_dtype": torch.float32}
         quantised = getattr(library.nn, name)(linear.in_features, linear.out_features, **arguments)
         quantised.load_state_dict(linear.state_dict())
         return quantised.to("cpu")

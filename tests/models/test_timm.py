@@ -29,14 +29,7 @@ with torchvision_or_empty_modules():
     from timm.models.vision_transformer import VisionTransformer
 
 # The sizes of models.TINY
-SIZES = {
-    "img_size": 24,
-    "patch_size": 8,
-    "embed_dim": 64,
-    "depth": 2,
-    "num_heads": 4,
-    "mlp_ratio": 100.5 / 64,
-}
+SIZES = {"img_size": 24, "patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 4, "mlp_ratio": 100.5 / 64}
 SIGLIP = {"class_token": False, "global_pool": "map", "num_classes": 0, "act_layer": "gelu_tanh"}
 MAKE = {
     "class": functools.partial(VisionTransformer, **SIGLIP),
@@ -44,9 +37,7 @@ MAKE = {
         timm.create_model, "vit_base_patch16_siglip_224", num_classes=0, act_layer="gelu_tanh"
     ),
     "classifier": functools.partial(VisionTransformer, **SIGLIP | {"num_classes": 5}),
-    "mean of the tokens": functools.partial(
-        timm.create_model, "vit_base_patch32_siglip_gap_256", num_classes=0
-    ),
+    "mean of the tokens": functools.partial(timm.create_model, "vit_base_patch32_siglip_gap_256", num_classes=0),
     "a larger image": functools.partial(VisionTransformer, **SIGLIP, img_size=(30, 43)),
 }
 
@@ -340,9 +331,7 @@ def test_exact_gelu(pixels, backend):
         block.mlp.fc1.weight.mul_(3)
     expected, ours = stock(pixels), fast(stock, backend=backend, strict=True)
     torch.testing.assert_close(ours(pixels), expected, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(
-        ours.forward_features(pixels), stock.forward_features(pixels), atol=1e-4, rtol=1e-4
-    )
+    torch.testing.assert_close(ours.forward_features(pixels), stock.forward_features(pixels), atol=1e-4, rtol=1e-4)
     for mlp in (*(block.mlp for block in stock.blocks), stock.attn_pool.mlp):
         mlp.act = GELUTanh()
     assert not torch.allclose(stock(pixels), expected, atol=1e-4, rtol=1e-4)

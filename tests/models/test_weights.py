@@ -34,9 +34,7 @@ def load_state_dict(model):
 
 def load_state_dict_by_assignment(model):
     torch.manual_seed(5)
-    model.load_state_dict(
-        {k: v + 0.1 * torch.randn_like(v) for k, v in model.state_dict().items()}, assign=True
-    )
+    model.load_state_dict({k: v + 0.1 * torch.randn_like(v) for k, v in model.state_dict().items()}, assign=True)
 
 
 def optimizer_step(model):

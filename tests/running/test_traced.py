@@ -412,7 +412,5 @@ def test_exported(stock, pixels, strict):
             drop_in(stock, strict=True), (pixels, False), dynamic_shapes=shapes, strict=strict
         )
         for images in (pixels, torch.randn(5, 3, 24, 24).to(pixels.device)):
-            torch.testing.assert_close(
-                program.module()(images, False)[1], stock(images)[1], atol=1e-4, rtol=0
-            )
+            torch.testing.assert_close(program.module()(images, False)[1], stock(images)[1], atol=1e-4, rtol=0)
     assert not has_operation(program.graph_module)

@@ -104,9 +104,9 @@ class TestModel:
         ours.forward_uint8(images)
         before, derived = ours.derived_bytes(), ours._derived[None]
         ours.forward_uint8(images, **IMAGENET)
-        assert ours._derived.get(None) is derived and derived.for_uint8(
-            normalization(**IMAGENET, channels=3)
-        ) is (derived.for_uint8(normalization(**IMAGENET, channels=3)))
+        assert ours._derived.get(None) is derived and derived.for_uint8(normalization(**IMAGENET, channels=3)) is (
+            derived.for_uint8(normalization(**IMAGENET, channels=3))
+        )
         assert ours.derived_bytes() == before + 64 * (3 * 8 * 8 + 1) * 4
         ours.get_input_embeddings().weight.mul_(3)
         expected = ours((images / 255 - 0.5) / 0.5)
@@ -203,9 +203,9 @@ class TestWrongInput:
             ([1], {}, TypeError, "images: expected a torch.Tensor, got list"),
             (random_images(3, 24, 24), {}, ValueError, r"images: expected shape \[any, 3, any, any\], got \[3, 24"),
             (random_images(2, 24, 24, 3), {}, ValueError, r"images: expected shape \[any, 3, any, any\], got \[2, 24"),
-            (None, {"image_mean": 0.5}, TypeError, "image_mean: expected 3 numbers, one a channel, got 0.5"),
-            (None, {"image_std": ("a", 1, 1)}, TypeError, "image_std: expected 3 numbers, one a channel"),
-            (None, {"rescale_factor": None}, TypeError, "rescale_factor: expected a number, got None"),
+            (None, {"image_mean": 0.5}, TypeError, "image_mean: expected numbers, 3 of them, got 0.5"),
+            (None, {"image_std": ("a", 1, 1)}, TypeError, "image_std: expected numbers, 3 of them"),
+            (None, {"rescale_factor": None}, TypeError, r"rescale_factor: expected numbers, 1 of them, got \[None\]"),
             (None, {"image_mean": (0.5,)}, ValueError, r"image_mean: expected 3 values, .*got \[0.5\]"),
             (None, {"image_std": (0.5,) * 4}, ValueError, "image_std: expected 3 values"),
             (None, {"image_std": (0.5, 0, 1)}, ValueError, r"image_std: expected no zero, got \[0.5, 0, 1\]"),

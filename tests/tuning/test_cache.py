@@ -38,9 +38,7 @@ def test_written_and_read_again():
     cache.write(KEY, entries)
     assert cache.read(KEY) == entries
     assert KEY.path().name.startswith("A-GPU-")
-    assert [path.name for path in KEY.path().parent.iterdir()] == [
-        KEY.path().name
-    ]  # no temporary file is left
+    assert [path.name for path in KEY.path().parent.iterdir()] == [KEY.path().name]  # no temporary file is left
 
 
 def test_each_part_of_the_key_counts():

@@ -45,10 +45,7 @@ def winner(seconds: dict, check=passes) -> Choice | None:
 
 
 def test_each_way_of_launching_has_its_own_winner():
-    timers = {
-        "eager": FakeTimer({TILE_A: 1e-6, VENDOR: 2e-6}),
-        "graph": FakeTimer({TILE_A: 2e-6, VENDOR: 1e-6}),
-    }
+    timers = {"eager": FakeTimer({TILE_A: 1e-6, VENDOR: 2e-6}), "graph": FakeTimer({TILE_A: 2e-6, VENDOR: 1e-6})}
     entry = select([TILE_A, VENDOR], passes, timers)
     assert entry["eager"] == {
         "route": "triton",
@@ -121,15 +118,9 @@ def test_nothing_is_left():
 def test_those_that_must_not_run_do_not():
     ran = []
     entry = select_eager(
-        [TILE_A, VENDOR],
-        lambda c: ran.append(c),
-        FakeTimer({VENDOR: 1e-6}),
-        ran.append,
-        {str(TILE_A): "hung"},
+        [TILE_A, VENDOR], lambda c: ran.append(c), FakeTimer({VENDOR: 1e-6}), ran.append, {str(TILE_A): "hung"}
     )
-    assert (
-        set(ran) == {VENDOR} and len(ran) > 2
-    )  # announced, checked, and announced each time that it is timed
+    assert set(ran) == {VENDOR} and len(ran) > 2  # announced, checked, and announced each time that it is timed
     assert entry["dropped"] == {str(TILE_A): "hung"}
 
 

@@ -325,20 +325,10 @@ def test_the_cases_are_what_a_forward_looks_up(monkeypatch):
         assert looked_up == expected
 
 
-@pytest.mark.parametrize(
-    "name, dims", [("linear_residual", (64, 64, True)), ("layernorm_linear", (64, 64, False))]
-)
+@pytest.mark.parametrize("name, dims", [("linear_residual", (64, 64, True)), ("layernorm_linear", (64, 64, False))])
 def test_descriptors_where_a_parameter_is_not_aligned(name, dims, device):
     """Tuning saw tensors of its own; a parameter may be a view into a flat buffer."""
-    tile = {
-        "BLOCK_M": 64,
-        "BLOCK_N": 64,
-        "BLOCK_K": 64,
-        "GROUP_M": 8,
-        "num_warps": 4,
-        "num_stages": 2,
-        "TMA": True,
-    }
+    tile = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64, "GROUP_M": 8, "num_warps": 4, "num_stages": 2, "TMA": True}
     case = Case(Operation(name, dims, torch.float16), 18)
     args = list(inputs(case, torch.device(device)))
     i = 1 if name == "linear_residual" else 2
@@ -387,8 +377,7 @@ def test_compile_ahead_leaves_nothing_to_compile():
 def test_the_command_line_end_to_end(monkeypatch, capsys, cache_dir):
     """The real worker and the real candidates, on one small model; times are the interpreter's and mean nothing."""
     monkeypatch.setattr(
-        "siglip_fast.cli.tune.load_config",
-        lambda args: SiglipVisionConfig(**TINY | {"num_attention_heads": 2}),
+        "siglip_fast.cli.tune.load_config", lambda args: SiglipVisionConfig(**TINY | {"num_attention_heads": 2})
     )
     assert main(["tune", "--device", "cpu", "--dtype", "float16", "--batch-sizes", "1"]) == 0
     out = capsys.readouterr().out
@@ -399,9 +388,7 @@ def test_the_command_line_end_to_end(monkeypatch, capsys, cache_dir):
     for buckets in entries.values():
         for entry in buckets.values():
             assert entry["eager"]["route"] is not None and len(entry["eager"]["microseconds"]) >= 2
-            assert not any(
-                "wrong" in reason for name, reason in entry["dropped"].items() if name.startswith("triton")
-            )
+            assert not any("wrong" in reason for name, reason in entry["dropped"].items() if name.startswith("triton"))
     stock = stock_model(config).half()
     ours = drop_in(stock, backend="triton")
     pixels = torch.randn(1, 3, 24, 24).half()

@@ -96,12 +96,8 @@ class TestInputs:
                 out = plain_result(case, spoil(spoiled))
                 assert "wrong: relative error" in (Verifier(case, CPU, args)(lambda: out) or ""), case  # noqa: B023
 
-    @pytest.mark.parametrize(
-        "name, index", [("layernorm_linear", 2), ("linear_residual", 1), ("patch_embed", 1)]
-    )
-    @pytest.mark.parametrize(
-        "lost", [slice(-1, None), slice(16, 32)], ids=["the last column", "a block of K"]
-    )
+    @pytest.mark.parametrize("name, index", [("layernorm_linear", 2), ("linear_residual", 1), ("patch_embed", 1)])
+    @pytest.mark.parametrize("lost", [slice(-1, None), slice(16, 32)], ids=["the last column", "a block of K"])
     def test_a_part_of_k_is_lost(self, dtype, name, index, lost):
         def spoil(args):
             args[index].weight[:, lost] = 0
@@ -127,9 +123,7 @@ class TestInputs:
         assert "wrong: relative error" in reason
 
 
-@pytest.mark.parametrize(
-    "dtype", [torch.float32, torch.float16, torch.bfloat16], ids=["fp32", "fp16", "bf16"]
-)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=["fp32", "fp16", "bf16"])
 @torch.no_grad()
 def test_vendor_routes_are_right(dtype, device):
     """Those that the device has: on a CPU attention only by torch's own choice."""
