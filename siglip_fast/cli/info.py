@@ -31,7 +31,7 @@ def run(args: Namespace) -> int:
     parameters = sum(p.numel() * p.element_size() for p in model.parameters())
     derived = f"{model.derived_bytes() / 1e6:.0f} MB"
     with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16):
-        if fused and model.why_not(pixels) is None:  # derives its own weights
+        if fused and model.dtype == torch.float32 and not model.why_not(pixels):  # which derives its own
             derived += f", and inside torch.autocast to bfloat16 {model.derived_bytes() / 1e6:.0f} MB in all"
     print(f"parameters: {parameters / 1e6:.0f} MB; derived weights beside them: {derived}")
     if not fused:

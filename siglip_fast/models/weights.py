@@ -76,8 +76,9 @@ class Derived:
         return sum(t.numel() * t.element_size() for t in copies)
 
     def _derive(self) -> None:
-        # Also under inference_mode the copies have to be ordinary tensors: they outlive it.
-        with torch.inference_mode(False), torch.no_grad():
+        device = self._anatomy.patch_embedding(self.source.tower).weight.device.type if self._dtype else "cpu"
+        # Also under inference_mode the copies have to be ordinary tensors: they outlive it. Autocast would cast for `cat`.
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(device, enabled=False):
             self._anatomy.check(self.source.tower)
             weights = tower_weights(self._anatomy.view(self.source.tower), self.ops, self._dtype)
         _finish(weights)

@@ -17,7 +17,7 @@ import transformers
 from PIL import Image
 from transformers import SiglipVisionConfig
 
-from siglip_fast.cli import demo, embed
+from siglip_fast.cli import demo
 from siglip_fast.cli.main import main
 from siglip_fast.feed import encoder, images, paths, sinks
 from siglip_fast.models.variants import VARIANTS, UnknownVariantError, config_for
@@ -331,7 +331,7 @@ class TestOutput:
         save("a.png", picture(0))
         Path(existing).write_text("precious")
         with monkeypatch.context() as patch:
-            patch.setattr(embed, "Encoder", lambda args: pytest.fail("the model was loaded first"))
+            patch.setattr(encoder, "Encoder", lambda args: pytest.fail("the model was loaded first"))
             assert run(checkpoint, "a.png", "--out", out) == 2
         assert f"{existing} exists" in capsys.readouterr().err
         assert Path(existing).read_text() == "precious"
@@ -353,7 +353,7 @@ class TestOutput:
     ):
         save("a.png", picture(0))
         Path("folder.npy").mkdir()
-        monkeypatch.setattr(embed, "Encoder", lambda args: pytest.fail("the model was loaded first"))
+        monkeypatch.setattr(encoder, "Encoder", lambda args: pytest.fail("the model was loaded first"))
         assert run(checkpoint, "a.png", "--out", out, "--force") == 2
         assert message in capsys.readouterr().err
 

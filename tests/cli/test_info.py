@@ -20,6 +20,8 @@ def test_info(backend, capsys):
     parameters, derived = map(int, re.search(r"parameters: (\d+) MB; .*: (\d+) MB", out).groups())
     assert parameters == 372
     assert 200 <= derived <= 365
+    in_all = int(re.search(r"inside torch.autocast to bfloat16 (\d+) MB in all", out)[1])
+    assert 180 <= in_all - derived <= 190  # half of the parameters
     assert out.count(" rows: right\n") == 11
 
 

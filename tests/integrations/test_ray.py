@@ -23,7 +23,8 @@ from test_cli import TINY, check, checkpoint, expected, here, make_checkpoint, p
 
 from siglip_fast.errors import UserError
 from siglip_fast.integrations.parts import Folder
-from siglip_fast.integrations.ray import ATTEMPTS, Embedder, PartWriter, _place
+from siglip_fast.integrations.ray import ATTEMPTS, Embedder, PartWriter
+from siglip_fast.integrations.ray_run import _place
 
 ray = pytest.importorskip("ray")
 pytest.importorskip("ray.data")
