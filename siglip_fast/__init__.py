@@ -1,17 +1,12 @@
-"""The fastest SigLIP vision encoder that is also exactly the one people already use."""
+"""transformers' SigLIP vision encoder, its inference on fused operations: 1.2 to 1.3 times as fast as stock sdpa on one
+AMD EPYC (docs/cpu.md), never run on a GPU."""
 
 import importlib
 
 __version__ = "0.1.0"
 
-_HOMES = {
-    "SiglipVisionModel": "models.siglip",
-    "apply_to": "models.swap",
-    "restore": "models.swap",
-    "towers": "models.swap",
-    "register": "models.swap",
-    "unregister": "models.swap",
-}
+_SWAP = ("apply_to", "restore", "towers", "register", "unregister")
+_HOMES = {"SiglipVisionModel": "models.siglip"} | dict.fromkeys(_SWAP, "models.swap")
 __all__ = [*_HOMES]
 
 
@@ -20,3 +15,7 @@ def __getattr__(name: str):
     if name in _HOMES:
         return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -23,6 +23,14 @@ def test_import_is_light(tmp_path):
     assert not {"torch", "triton", "torchvision", "transformers"} & set(loaded)
 
 
+def test_dir_lists_the_public_names(tmp_path):
+    names = run("import siglip_fast.models.swap; print(*dir(siglip_fast))", tmp_path).split()
+    assert sorted(names) == sorted(
+        ["SiglipVisionModel", "apply_to", "restore", "towers", "register", "unregister", "__version__"]
+    )
+    run("import siglip_fast; assert all(hasattr(siglip_fast, name) for name in siglip_fast.__all__)", tmp_path)
+
+
 def test_works_without_triton_and_torchvision_and_gpu(tmp_path):
     """Importing either, or asking CUDA for anything, would fail the run."""
     run(
