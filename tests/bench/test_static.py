@@ -41,13 +41,14 @@ def residual(K=1152, **changes):
     x, w = empty(64, 729, K), empty(1152, K)
     linear_residual(x, w, empty(1152), empty(64, 729, 1152), gemm | changes)
 
-def normed(**changes):
-    x, moments = empty(64, 729, 1152), empty(64 * 729, 2, 18, dtype=torch.float32)
+def normed(dtype=torch.bfloat16, **changes):
+    x, moments = empty(64, 729, 1152, dtype=dtype), empty(64 * 729, 2, 18, dtype=torch.float32)
     folded = empty(4304, 1152), empty(4304, dtype=torch.float32), empty(4304, dtype=torch.float32)
     layernorm_linear(x, moments, *folded, 1e-6, True, gemm | changes)
 """
 CASES = {
     "shipped": ("gate('sm_80', residual)", "every gate holds"),
+    "autocast": ("gate('sm_90', lambda: normed(torch.float32))", "every gate holds"),
     "spill": ("gate('sm_120', lambda: attention(qkv, tile(128, 64, 8, 2)))", "spills"),
     "shared-memory": ("gate('sm_86', lambda: residual(num_stages=6))", "shared memory"),
     "synchronous": ("gate('sm_80', lambda: residual(4352, num_stages=1))", "synchronous loads in the main loop"),
