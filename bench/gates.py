@@ -86,6 +86,9 @@ def failures(row: Row) -> list[str]:
             failed.append(f"copies narrower than {least} bytes: {code.copies_text()}")
         if ASYNC.match(row.arch) and not all(asynchronous for _, asynchronous in copies):
             failed.append(f"synchronous loads in the main loop: {code.copies_text()}")
+    products = sum(n for op, n in code.everything.items() if op.startswith("HGMMA"))
+    if 3 * code.waiting >= products > 0:
+        failed.append(f"a serialized main loop: {code.waiting} of {products} HGMMA wait (gsb0)")
     if code.narrowest_load_in_loops() <= 2:
         failed.append("2-byte global loads in a loop")
     return failed

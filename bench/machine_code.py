@@ -37,9 +37,11 @@ class MachineCode:
     shared: int
     shared_limit: int
     occupancy: float  # %, of the warps that an SM or SIMD can hold
+    everything: Counter  # opcodes
     main_loop: Counter  # opcodes; of the whole kernel where the compiler unrolled the loop completely
     unrolled: bool
     loops: tuple[Counter, ...]
+    waiting: int = 0  # of Hopper's products, those that end a group, behind which ptxas may wait for all (gsb0)
 
     def tensor(self) -> Counter:
         return Counter({op: n for op, n in self.main_loop.items() if TENSOR.match(op)})
@@ -80,6 +82,7 @@ def inspect(kernel) -> MachineCode:
     return MachineCode(
         **resources,
         shared=kernel.metadata.shared,
+        everything=whole,
         main_loop=whole if unrolled else main,
         unrolled=unrolled,
         loops=tuple(loops),
@@ -106,12 +109,14 @@ def _nvidia(kernel, spec) -> tuple[dict, Counter, list[Counter]]:
         cubin.write_bytes(kernel.asm["cubin"])
         usage = next(iter(resusage.parse(_tool("cuobjdump", "--dump-resource-usage", cubin)).values()))
         function = next(iter(sass.parse_gi(_tool("nvdisasm", "-c", cubin)).functions.values()))
+    waiting = sum(i.opcode.startswith("HGMMA") and "gsb0" in i.operands for i in function.instructions)
     threads = kernel.metadata.num_warps * spec.warp_size
     occupancy = cuxray.compute(spec, usage.reg, threads, smem_dynamic=kernel.metadata.shared)
     spills = spill_map(function)
     resources = {
         "registers": usage.reg,
         "spills": spills["store_bytes"] + spills["load_bytes"],
+        "waiting": waiting,
         "shared_limit": spec.smem_per_block_max,
         "occupancy": occupancy.occupancy_pct,
     }

@@ -74,7 +74,7 @@ cli=("$python" -c 'import sys; from siglip_fast.cli.main import main; sys.exit(m
 tests() { # NAME LIMIT SELECTION FILE…: of those in tests/
     local name=$1 limit=$2 select=$3
     shift 3
-    stage "$name" "$limit" "$python" -m pytest -q -n 0 "${@/#/$repo/tests/}" -k "$select" -m "$marked"
+    stage "$name" "$limit" "$python" -m pytest -q -o addopts=--import-mode=importlib "${@/#/$repo/tests/}" -k "$select" -m "$marked"
 }
 bench() { # NAME LIMIT
     stage "bench-$1" "$2" "$python" -m pytest -q -rs "$repo/bench/test_$1.py" --benchmark-json "$out/raw-$1.json"

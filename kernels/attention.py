@@ -4,7 +4,8 @@
 
 qkv [B, N, 3, H, d] as the merged projection leaves it, read in place; out [B, N, H, d]; bf16, fp16 or fp32, softmax
 in fp32, base 2. A head_dim that is no power of two is computed as two slices that are (72 = 64 + 8, 96 = 64 + 32),
-not padded to the next one. The ragged tail of the keys is masked once, after the main loop.
+not padded to the next one. The ragged tail of the keys is masked once, before the main loop: after it, ptxas for Hopper
+gives up on asynchronous products in the loop (C7515) and has each wait for the last.
 """
 
 import torch
@@ -116,15 +117,15 @@ def _attention_kernel(
     row_max = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
     row_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
     full = N // BLOCK_N * BLOCK_N
-    for start in range(0, full, BLOCK_N):
-        acc0, acc1, row_max, row_sum = _attend(
-            q0, q1, k_ptr, v_ptr, start, N, acc0, acc1, row_max, row_sum, scale,
-            HEAD_DIM, WIDTH0, WIDTH1, STRIDE, INPUT_PRECISION, BLOCK_N, False,
-        )  # fmt: skip
     if HAS_TAIL:
         acc0, acc1, row_max, row_sum = _attend(
             q0, q1, k_ptr, v_ptr, full, N, acc0, acc1, row_max, row_sum, scale,
             HEAD_DIM, WIDTH0, WIDTH1, STRIDE, INPUT_PRECISION, BLOCK_N, True,
+        )  # fmt: skip
+    for start in range(0, full, BLOCK_N):
+        acc0, acc1, row_max, row_sum = _attend(
+            q0, q1, k_ptr, v_ptr, start, N, acc0, acc1, row_max, row_sum, scale,
+            HEAD_DIM, WIDTH0, WIDTH1, STRIDE, INPUT_PRECISION, BLOCK_N, False,
         )  # fmt: skip
     out_ptr += batch * N * STRIDE_OUT + head * HEAD_DIM
     _store_slice(out_ptr, acc0 / row_sum[:, None], rows, N, 0, WIDTH0, HEAD_DIM, STRIDE_OUT)
@@ -172,6 +173,7 @@ def attention_configs(dtype: torch.dtype, head_dim: int, arch: str) -> list[dict
     configs = [
         {"BLOCK_M": m, "BLOCK_N": n, "num_warps": warps, "num_stages": stages}
         for m, n, warps, stages in (FP32_TILES if fp32 else TILES)
+        if n >= 64 or fp32 or arch != "sm_90"  # with fewer keys a block every second product waits there
     ]
     configs = [default, *(config for config in configs if config != default)]
     two_slices = head_slices(head_dim)[1] > 0 and not fp32  # in fp32 every padded tile spills

@@ -74,7 +74,7 @@ def _add_embed(commands: argparse._SubParsersAction) -> None:
         help="embed images into a Parquet or .npy file, or on Ray into a folder of Parquet files",
         description="Embeds images in the order given, each path once. Unreadable: named and skipped.",
         epilog="Exit status: 0 every image is embedded; 1 done, but some images were skipped; "
-        "2 could not start, or nothing was embedded; 130 interrupted; 143 terminated. Output appears whole or not at all; "
+        "2 could not start, or nothing was embedded; 130 interrupted, 143 terminated. Output appears whole or not at all; "
         "with --ray, part by part, and the same command once more does what is left.",
     )
     parser.add_argument(
@@ -159,7 +159,7 @@ def _add_demo(commands: argparse._SubParsersAction) -> None:
         "attention, and through siglip_fast with the same weights in float32, prints how well they agree and how fast "
         "each is, and draws each photograph above the principal components of its tokens.",
         epilog="Needs the extra: pip install -e '.[demo]' in the checkout. Exit status: 0 they agree to 1e-4; "
-        "1 they do not; 2 could not start; 130 interrupted.",
+        "1 they do not; 2 could not start; 130 interrupted, 143 terminated.",
     )
     parser.add_argument(
         "--out",
@@ -179,7 +179,7 @@ def _add_tune(commands: argparse._SubParsersAction) -> None:
         "and every route of the vendor's libraries, in a process of its own. What won is kept in a cache file "
         "(SIGLIP_FAST_CACHE_DIR, default: the user's cache folder) for this GPU, driver, torch and Triton. "
         "Weights do not matter, only the model's shape.",
-        epilog="Exit status: 0 everything is measured; 1 some of it is not; 2 could not start; 130 interrupted "
+        epilog="Exit status: 0 everything is measured; 1 some of it is not; 2 could not start; 130 interrupted, 143 terminated "
         "(what was measured by then is kept).",
     )
     _add_model(parser.add_mutually_exclusive_group(), random_weights="base-patch16-224")

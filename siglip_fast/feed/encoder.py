@@ -18,6 +18,8 @@ from ..errors import UserError, first_line
 from .images import decode_ahead, read_image
 from .loading import load_model, load_processor, pick_device, pixel_values, route
 
+Named = tuple[Any, str | bytes]  # an image's name, and its file or encoded bytes
+
 
 class Encoder:
     """The model and image processor that the arguments ask for, from an image to its embedding."""
@@ -44,11 +46,11 @@ class Encoder:
         }
 
     def embeddings(
-        self, images: Iterable[tuple[Any, str | bytes]], batch_size: int, workers: int, skip: Callable[[Any, str], None]
+        self, images: Iterable[Named], batch_size: int, workers: int, skip: Callable[[Any, str], None]
     ) -> Iterator[tuple[list[Any], np.ndarray]]:
         """A batch at a time, the names of images and their embeddings, float32 [batch, hidden_size], in order.
 
-        `images` are (name, file or encoded bytes). Those that have no embedding are told to `skip(name, reason)`.
+        Those that have no embedding are told to `skip(name, reason)`.
         """
 
         def usable(decoded: Iterable[tuple[Any, Any]]) -> Iterator[tuple[Any, torch.Tensor]]:
@@ -58,7 +60,7 @@ class Encoder:
                 else:
                     yield name, result
 
-        def decode(image: tuple[Any, str | bytes]) -> torch.Tensor:
+        def decode(image: Named) -> torch.Tensor:
             return pixel_values(self._processor, read_image(image[1]))
 
         with contextlib.closing(decode_ahead(images, decode, workers, ahead=batch_size)) as decoded:

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 import transformers
 from PIL import Image
+from transformers import SiglipVisionConfig
 
 from ..errors import UserError, first_line
 from ..models.siglip import SiglipVisionModel
-from ..models.variants import config_for, config_of
+from ..models.variants import config_for, load_config
 
 
 def pick_device(name: str | None) -> torch.device:
@@ -29,7 +30,7 @@ def load_model(args: Namespace, device: torch.device, dtype: torch.dtype) -> Sig
     model, it is not whole, or the backend cannot run on the device."""
     try:
         if args.model:
-            model = _from_pretrained(args.model, args.backend)
+            model = _from_pretrained(args.model, load_config(args), args.backend)
         else:
             config = config_for(args.random_weights)
             warn_of_random_weights(args.random_weights, args.seed)
@@ -41,19 +42,17 @@ def load_model(args: Namespace, device: torch.device, dtype: torch.dtype) -> Sig
     return model.eval().to(device, dtype)
 
 
-def _from_pretrained(name: str, backend: str | None) -> SiglipVisionModel:
+def _from_pretrained(name: str, config: SiglipVisionConfig, backend: str | None) -> SiglipVisionModel:
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()  # it lists the whole text tower as "unexpected"
     try:
         model, report = SiglipVisionModel.from_pretrained(
             name,
-            config=config_of(name),
+            config=config,
             backend=backend,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are in the report, with their shapes
         )
-    except UserError:
-        raise
     except Exception as error:  # a wrong name, no network, a broken file: a type each
         raise UserError(f"cannot load {name}: {first_line(error)}") from error
     finally:
@@ -75,7 +74,11 @@ def load_processor(model: str | None, image_size: int) -> Any:
     be loaded, is of another kind, or makes images of another size than the model's."""
     # Transformers 5 gave the plain name to the one that needs torchvision.
     kind = getattr(transformers, "SiglipImageProcessorPil", None) or transformers.SiglipImageProcessor
-    if model is None or _has_no_processor(model):
+    files = [os.path.join(model or "", f"{name}.json") for name in ("preprocessor_config", "processor_config")]
+    if model and os.path.isdir(model) and not any(map(os.path.exists, files)):
+        print(f"siglip-fast: {model} has no preprocessor_config.json: using SigLIP's defaults", file=sys.stderr)
+        model = None
+    if model is None:
         settings = {"size": {"height": image_size, "width": image_size}}
     else:
         try:
@@ -90,14 +93,6 @@ def load_processor(model: str | None, image_size: int) -> Any:
     if made != [image_size, image_size]:
         raise UserError(f"{model}: its image processor makes {made} pixels, the model takes {image_size}²")
     return processor
-
-
-def _has_no_processor(model: str) -> bool:
-    files = ("preprocessor_config.json", "processor_config.json")
-    if not os.path.isdir(model) or any(os.path.exists(os.path.join(model, file)) for file in files):
-        return False
-    print(f"siglip-fast: {model} has no {files[0]}: using SigLIP's defaults", file=sys.stderr)
-    return True
 
 
 def pixel_values(processor: Any, image: Image.Image) -> torch.Tensor:

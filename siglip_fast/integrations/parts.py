@@ -26,7 +26,7 @@ def find_parts(args: Namespace) -> tuple[list[dict], int]:
 
     Of image files a part has `part_size`. Of a Parquet file it has whole row groups, at least one and as many as have
     no more than `part_size` rows, because a row group cannot be read from its middle. Raises UserError where a path
-    stands for nothing, both kinds are asked for, or a Parquet file lacks a column.
+    stands for nothing, both kinds are asked for, there are no rows, or a Parquet file lacks a column.
     """
     size = args.part_size or ROW_GROUP
     tables = {str(path).rstrip("/").endswith(".parquet") for path in args.paths}
@@ -37,11 +37,12 @@ def find_parts(args: Namespace) -> tuple[list[dict], int]:
         parts = [part for file in files for part in _parts_of_table(file, size, args)]
     else:
         files, repeated = find_files(args.paths, IMAGES)
-        parts = [{"images": files[i : i + size]} for i in range(0, len(files), size)]
-        for part in parts:
-            part["rows"] = len(part["images"])
+        chunks = [files[i : i + size] for i in range(0, len(files), size)]
+        parts = [{"images": chunk, "rows": len(chunk)} for chunk in chunks]
     if tables != {True} and (args.image_column or args.id_column):
         raise UserError("--image-column and --id-column are for Parquet files, and the paths are images")
+    if not parts:
+        raise UserError(f"no rows in {', '.join(args.paths)}")
     return [{"index": index, **part} for index, part in enumerate(parts)], repeated
 
 

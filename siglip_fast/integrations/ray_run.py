@@ -31,9 +31,11 @@ def run(args: Namespace) -> int:
     args = _for_workers(args)
     folder = Folder(Path(args.out), parts)
     folder.refuse_if_foreign()
+    settings = settings_of(args, parts)  # but for a dtype that only Ray's devices would decide
     notes = f", {repeated} repeated paths left out" * bool(repeated)
     if not (args.force or folder.todo()):
-        folder.refuse_if_of(settings_of(args, parts))  # but for a dtype that only Ray's devices would decide
+        folder.refuse_if_of(settings)
+        folder.remove_temporaries()
         return _told(folder, f"{notes}; nothing was left to do")
     from ..feed.loading import warn_of_random_weights
 
@@ -46,7 +48,7 @@ def run(args: Namespace) -> int:
         warn_of_random_weights(args.random_weights, args.seed)
     with _session(args.ray_address):
         resources = _place(args)
-        folder.prepare(settings_of(args, parts), args.force)
+        folder.prepare(settings | {"dtype": args.dtype}, args.force)
         todo = folder.todo()
         start = time.perf_counter()
         try:

@@ -50,7 +50,9 @@ def of_transformers(home: types.ModuleType, prefix: str, tower_class: type | Non
         with torch.device("meta"):
             compare("embeddings", tower.embeddings, embeddings(config))
             fresh = layer(config)
-            check_layer(fresh.mlp.activation_fn, fresh.self_attn.head_dim, config.hidden_act)
+            if type(fresh.mlp.activation_fn) is not type(ACT2FN["gelu_pytorch_tanh"]):
+                raise Unsupported(f"hidden_act is {config.hidden_act!r}, not 'gelu_pytorch_tanh'")
+            check_head_dim(fresh.self_attn.head_dim)
             for i, own in enumerate(tower.encoder.layers):
                 compare(f"encoder.layers.{i}", own, fresh)
             compare("post_layernorm", tower.post_layernorm, nn.LayerNorm(config.hidden_size))
@@ -74,13 +76,6 @@ def descendant(module: nn.Module | None, *names: str) -> nn.Module | None:
     for name in names:
         module = None if module is None else module._modules.get(name)
     return module
-
-
-def check_layer(activation: nn.Module, head_dim: int, name: str) -> None:
-    """Raise Unsupported unless the operations have the activation, which the config calls `name`, and the head_dim."""
-    if type(activation) is not type(ACT2FN["gelu_pytorch_tanh"]):
-        raise Unsupported(f"hidden_act is {name!r}, not 'gelu_pytorch_tanh'")
-    check_head_dim(head_dim)
 
 
 def check_head_dim(head_dim: int) -> None:

@@ -20,7 +20,7 @@ except ImportError:  # transformers before 5.2
 
 from ..backends.select import NAMES, backend_for, is_capturing
 from .anatomy import Anatomy
-from .reasons import GRADIENTS, NOT_DERIVED, autocast_dtype, backend_reason, circumstances
+from .reasons import GRADIENTS, NOT_DERIVED, autocast_dtype, autocast_reason, backend_reason, circumstances
 from .weights import Derived
 
 logger = logging.getLogger("siglip_fast")
@@ -109,14 +109,16 @@ class Fused(nn.Module):
         """The derived weights for the device, the backend and the autocast region of this call."""
         weight = self._patch_weight()
         backend = (self.backend_for(weight.device) if weight is not None else None) or "torch"
-        dtype = None if weight is None else autocast_dtype(weight.device)
+        is_left_to_stock = weight is None or autocast_reason(weight.device, weight.dtype, False)
+        dtype = None if is_left_to_stock else autocast_dtype(weight.device)
         derived = self._derived.get(dtype)
         if derived and (derived.ops.backend != backend or not derived.source.is_unchanged()):
             derived = None
             self._derived = {}  # the old copies go before the new ones are made
         if not derived:
             derived = Derived(self._tower, self.anatomy, backend, dtype)
-            self._derived = {**self._derived, dtype: derived}
+            others = {kind: other for kind, other in self._derived.items() if other.source.is_unchanged()}
+            self._derived = {**others, dtype: derived}
         return derived
 
     def _is_derived(self, device: torch.device) -> bool:

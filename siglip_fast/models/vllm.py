@@ -107,7 +107,7 @@ class FastSiglipVisionTransformer(Fused, siglip.SiglipVisionTransformer):
                 derived.is_new = False
                 return stream if every else last
         except Exception as error:  # a server has to come up, whatever happens on a GPU that nobody has tried
-            if self._derived is not None and not self._derived.is_new:
+            if any(not derived.is_new for derived in self._derived.values()):
                 raise
             self.forget_derived()
             reason = self._failure = f"the first fused forward failed: {typed_line(error)}"

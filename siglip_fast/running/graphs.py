@@ -1,6 +1,7 @@
 """CUDA graphs of the fused forward: one for each captured batch size, replayed without the cost of its launches."""
 
 import contextlib
+import functools
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
@@ -36,9 +37,7 @@ class Graphs:
             }
 
     def _record(self, forward: Forward, pixels: Tensor) -> "Graph":
-        def run() -> Outputs:
-            return forward(pixels)
-
+        run = functools.partial(forward, pixels)
         return Graph(pixels, *self._recorder.record(run), run)
 
     def batch_size_for(self, pixel_values: Tensor) -> int | None:

@@ -1,6 +1,7 @@
 """bench/static.py: its gates fail what they are for, and hold for what is shipped on the newest and other Tritons."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -48,8 +49,12 @@ def normed(dtype=torch.bfloat16, **changes):
 """
 CASES = {
     "shipped": ("gate('sm_80', residual)", "every gate holds"),
-    "autocast": ("gate('sm_90', lambda: normed(torch.float32))", "every gate holds"),
-    "spill": ("gate('sm_120', lambda: attention(qkv, tile(128, 64, 8, 2)))", "spills"),
+    "autocast": ("gate('sm_80', lambda: normed(torch.float32))", "every gate holds"),
+    "attention": (
+        "for N, H, d in ((196, 12, 64), (729, 16, 72), (577, 16, 96)):\n    gate('sm_90', lambda: attention(empty(8, N, 3, H, d)))",
+        "every gate holds\nevery gate holds\nevery gate holds",
+    ),
+    "spill": ("gate('sm_120', lambda: attention(qkv, tile(128, 128, 8, 2)))", "spills"),
     "shared-memory": ("gate('sm_86', lambda: residual(num_stages=6))", "shared memory"),
     "synchronous": ("gate('sm_80', lambda: residual(4352, num_stages=1))", "synchronous loads in the main loop"),
     "no-copies": ("gate('sm_80', lambda: residual(num_stages=1))", "no copies that feed the main loop"),
@@ -130,16 +135,50 @@ for row in rows("{arch}", lambda: {launch}):
     assert all(line.endswith(" []") for line in epilogue)
 
 
+@pytest.fixture(scope="session")
+def triton_3_6(tmp_path_factory) -> str:
+    return install_triton("3.6.0", tmp_path_factory.mktemp("triton"))
+
+
+def install_triton(version: str, folder: Path) -> str:
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(folder)]
+    subprocess.run([*pip, f"triton=={version}"], check=True)
+    return str(folder)
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("triton", ["", "triton_3_6"], ids=["installed", "3.6.0"])
 @pytest.mark.parametrize(
     "operation", ["linear_residual", "layernorm_linear", "patch_embed", "layernorm", "attention", "attention_pool"]
 )
-def test_candidates_do_not_spill(operation):
-    """Nor exceed the shared memory of sm_90: what so400m-patch14-384 may run there, at batch 1 and 64 images or rows."""
-    result = python("-c", GATE + CANDIDATES + f"report({operation!r})")
+def test_candidates(operation, triton, request):
+    """None spills, exceeds the shared memory of sm_90 or is serialized there: what so400m-patch14-384 may run, at batch
+    1 and 64 images or rows."""
+    path = request.getfixturevalue(triton) if triton else ""
+    result = python("-c", GATE + CANDIDATES + f"report({operation!r})", path=path)
     lines = result.stdout.splitlines()
     assert result.returncode == 0 and len(lines) >= 8, result.stdout + result.stderr
-    assert not [line for line in lines if "spills" in line or "shared memory" in line or "compile" in line]
+    wrong = ("spills", "shared memory", "compile", "serialized")
+    assert not [line for line in lines if any(word in line for word in wrong)]
+
+
+def test_attention_with_its_tail_behind_the_loop_is_serialized(tmp_path):
+    """As it was until 2026-11-29: the gate would have seen it."""
+    source = (BENCH.parent / "kernels" / "attention.py").read_text()
+    start, end = source.index("    if HAS_TAIL:"), source.index("    out_ptr += batch")
+    tail, loop = source[start:end].split("    for start in range", 1)
+    old = source[:start] + "    for start in range" + loop + tail + source[end:]
+    shutil.copytree(BENCH.parent / "kernels", tmp_path / "kernels")
+    (tmp_path / "kernels" / "attention.py").write_text(old)
+    code = f"""
+import siglip_fast.kernels
+siglip_fast.kernels.__path__[:] = [{str(tmp_path / "kernels")!r}]
+{GATE}
+for N, H, d in ((196, 12, 64), (729, 16, 72)):
+    gate("sm_90", lambda: attention(empty(8, N, 3, H, d)))
+"""
+    result = python("-c", code)
+    assert result.stdout.count("a serialized main loop") == 2, result.stdout + result.stderr
 
 
 def test_command(tmp_path):
@@ -155,8 +194,6 @@ def test_command(tmp_path):
 @pytest.mark.parametrize("version", ["3.6.0", "3.7.1", "3.8.0", "3.9.0"])
 def test_triton_versions(version, tmp_path):
     """Every architecture, the widest head_dim mix: so400m-patch14-384 in bf16."""
-    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(tmp_path)]
-    subprocess.run([*pip, f"triton=={version}"], check=True)
     model = ["--dtype", "bf16", "--model", "so400m-patch14-384"]
-    result = python(str(BENCH / "static.py"), *model, path=str(tmp_path))
+    result = python(str(BENCH / "static.py"), *model, path=install_triton(version, tmp_path))
     assert f"Triton {version}" in result.stdout and result.returncode == 0, result.stdout + result.stderr

@@ -26,7 +26,39 @@ _EPILOGUE = "tests/kernels/test_residual_epilogue.py -k 'triton and bf16 and"
 _UINT8 = "tests/running/test_uint8.py -k 'TestOperation and accuracy and bf16"
 _NORMED = "tests/kernels/test_layernorm_linear.py -k 'triton and"
 
+_STREAM = "tests/kernels/test_float32_stream.py -k 'triton and bf16 and"
+
 MUTANTS = {
+    "stream-rounded-around-its-mean": Mutant(
+        "kernels/layernorm_linear.py",
+        "CENTRED=x.dtype == torch.float32",
+        "CENTRED=weight.dtype == torch.float32",
+        f"{_STREAM} layernorm_linear and 37 and plain'",
+    ),
+    "stream-mean-taken-out-twice": Mutant(
+        "kernels/layernorm_linear.py",
+        "    if not CENTRED:\n        acc -= mean",
+        "    if True:\n        acc -= mean",
+        f"{_STREAM} layernorm_linear and 37 and plain'",
+    ),
+    "stream-rounded-after-the-residual": Mutant(
+        "kernels/linear_residual.py",
+        "dtype = x.dtype if residual is None else residual.dtype",
+        "dtype = x.dtype",
+        f"{_STREAM} linear_residual and 37'",
+    ),
+    "stream-rounded-by-the-epilogue": Mutant(
+        "kernels/linear_residual.py",
+        "residual_epilogue(out, bias, residual, dtype)",
+        "residual_epilogue(out, bias, residual, x.dtype)",
+        "tests/kernels/test_float32_stream.py -k 'split_k and bf16'",
+    ),
+    "stream-begins-rounded": Mutant(
+        "kernels/patch_embed.py",
+        "out = torch.empty((B, N, D), dtype=position.dtype",
+        "out = torch.empty((B, N, D), dtype=weight.dtype",
+        f"{_STREAM} patch_embed'",
+    ),
     "attention-mask-off-by-one": Mutant(
         "kernels/attention.py",
         "tl.where(keys[None, :] < N,",

@@ -115,6 +115,7 @@ class TestImages:
         monkeypatch.chdir(written)
         before = identities("out")
         monkeypatch.setitem(sys.modules, "ray", None)  # it takes seconds to start: not for nothing
+        Path("out/.part-000000.parquet.00.part").touch()  # of a worker that was killed
         assert run(checkpoint, "in", "in/05.png", "--out", "out", *SMALL) == 1
         assert identities("out") == before
         out = capsys.readouterr().out
@@ -184,6 +185,15 @@ class TestParquet:
         assert run(checkpoint, "a.parquet", *options, "--out", "out", "--ray") == 2
         err = capsys.readouterr().err
         assert message in err and err.count("\n") == 1
+        assert not Path("out").exists()
+
+    @pytest.mark.parametrize("force", [[], ["--force"]])
+    def test_no_rows(self, here, checkpoint, capsys, force):
+        parquet.write_table(
+            pa.table({"image": pa.array([], pa.binary()), "path": pa.array([], pa.string())}), "a.parquet"
+        )
+        assert run(checkpoint, "a.parquet", "--out", "out", "--ray", *force) == 2
+        assert capsys.readouterr().err == "siglip-fast: error: no rows in a.parquet\n"
         assert not Path("out").exists()
 
 

@@ -88,6 +88,11 @@ def test_vendor_routes(dtype, device):
     x = stream(37, 72, device=device)
     folded = fold(norm, weight.to(dtype), bias, "torch", tokens=37)
     assert vendor.layernorm_linear(x, None, folded, gelu=True).dtype == dtype
+    pixels, position = torch.randn(1, 3, 8, 8).to(device), stream(1, 64, device=device)
+    patch = PatchEmbedding(torch.randn(64, 192).to(device, dtype), torch.randn(64).to(device, dtype), 8)
+    tokens, _ = vendor.patch_embed(pixels, patch, position)
+    conv = F.linear(pixels.flatten(1).to(dtype), patch.weight, patch.bias)
+    torch.testing.assert_close(tokens, (conv + position)[None], rtol=0, atol=0)
     linear = Linear(weight.to(dtype), bias.to(dtype))
     out, moments = vendor.linear_residual(x.to(dtype), linear, residual := stream(37, 136, device=device))
     assert torch.equal(out, F.linear(x.to(dtype), *linear[:2]) + residual)

@@ -113,6 +113,20 @@ def test_edits_are_seen_in_both(pixels):
 
 
 @torch.no_grad()
+def test_only_what_can_run_is_kept(pixels):
+    ours = drop_in(stock_model(SiglipVisionConfig(**TINY), "sdpa"))
+    ours(pixels)
+    with torch.autocast("cpu", torch.float16):
+        ours.why_not(pixels)
+    assert list(ours._derived) == [None]
+    tower = getattr(ours, "vision_model", ours)
+    tower.encoder.layers[0].mlp.fc1.weight.mul_(3)
+    with torch.autocast("cpu", BF16):
+        ours(pixels)
+    assert list(ours._derived) == [BF16]  # the other was out of date
+
+
+@torch.no_grad()
 def test_bytes_and_interpolated_positions(stock):
     ours = drop_in(stock, strict=True)
     images = torch.randint(0, 256, (2, 3, 24, 24), dtype=torch.uint8)
