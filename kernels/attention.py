@@ -144,7 +144,7 @@ def attention_config(dtype: torch.dtype, head_dim: int, arch: str) -> dict[str, 
     if arch == "sm_80":
         return config | {"BLOCK_N": 32, "num_warps": 4, "num_stages": 3}
     if arch in ("sm_86", "sm_89", "sm_120") or arch.startswith("gfx11"):
-        return config | {"BLOCK_N": 32}
+        return config | {"BLOCK_N": 32, "num_stages": 3 if arch in ("sm_86", "sm_89") else 2}
     if arch == "sm_100" or arch == "sm_90" and head_dim <= 72:
         return config | {"BLOCK_N": 128}
     return config
