@@ -17,10 +17,7 @@ def run(args: Namespace) -> int:
     """The subcommand: 0 if all is measured, 1 if there was no time for some of it or nothing right was found."""
     device = pick_device(args.device)
     if device.type == "cpu" and not _can_interpret():
-        raise UserError(
-            "tune finds what runs each operation fastest on a GPU, our Triton kernels or the vendor's; on a CPU there is "
-            "no such choice: run it where there is a GPU"
-        )
+        raise UserError("tune finds what runs each operation fastest on a GPU; a CPU leaves no choice: run it on a GPU")
     try:
         report = tune(
             load_config(args),

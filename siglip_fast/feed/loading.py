@@ -57,8 +57,10 @@ def _from_pretrained(name: str, config: SiglipVisionConfig, backend: str | None)
         raise UserError(f"cannot load {name}: {first_line(error)}") from error
     finally:
         transformers.logging.set_verbosity(verbosity)
-    for key, found, expected in sorted(report["mismatched_keys"]):
-        raise UserError(f"cannot load {name}: {key} is {list(found)}, by the config {list(expected)}")
+    for mismatch in sorted(report["mismatched_keys"], key=str):
+        key, *shapes = [mismatch] if isinstance(mismatch, str) else mismatch  # transformers 4 tells no shapes
+        what = f"{list(shapes[0])}, by the config {list(shapes[1])}" if shapes else "not of the config's shape"
+        raise UserError(f"cannot load {name}: {key} is {what}")
     if missing := sorted(report["missing_keys"]):
         raise UserError(f"{name} is no SigLIP vision model: lacks {len(missing)} weights such as {missing[0]}")
     return model
