@@ -12,7 +12,7 @@ from transformers import SiglipVisionConfig
 
 from ..errors import UserError, first_line
 from ..models.siglip import SiglipVisionModel
-from ..models.variants import config_for, load_config
+from ..models.variants import load_config
 
 
 def pick_device(name: str | None) -> torch.device:
@@ -28,16 +28,16 @@ def pick_device(name: str | None) -> torch.device:
 def load_model(args: Namespace, device: torch.device, dtype: torch.dtype) -> SiglipVisionModel:
     """The model of `args.model` or `args.random_weights`, for inference. Raises UserError where there is no such
     model, it is not whole, or the backend cannot run on the device."""
+    config = load_config(args)
     try:
         if args.model:
-            model = _from_pretrained(args.model, load_config(args), args.backend)
+            model = _from_pretrained(args.model, config, args.backend)
         else:
-            config = config_for(args.random_weights)
             warn_of_random_weights(args.random_weights, args.seed)
             torch.manual_seed(args.seed)
             model = SiglipVisionModel(config, backend=args.backend)
         model.backend_for(device)
-    except (ValueError, RuntimeError) as error:  # unknown variant or backend; a backend that cannot run here
+    except (ValueError, RuntimeError) as error:  # unknown backend; a backend that cannot run here
         raise UserError(first_line(error)) from error
     return model.eval().to(device, dtype)
 

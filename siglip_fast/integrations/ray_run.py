@@ -76,7 +76,7 @@ def _told(folder: Folder, notes: str) -> int:
 def _for_workers(args: Namespace) -> Namespace:
     """What a worker needs, wherever its working directory is."""
     model = os.path.abspath(args.model) if args.model and os.path.isdir(args.model) else args.model
-    kept = {key: value for key, value in vars(args).items() if key not in ("run", "paths")}
+    kept = {key: value for key, value in vars(args).items() if key != "paths"}
     return Namespace(**kept | {"out": os.path.abspath(args.out), "model": model})
 
 

@@ -109,8 +109,9 @@ class Fused(nn.Module):
         """The derived weights for the device, the backend and the autocast region of this call."""
         weight = self._patch_weight()
         backend = (self.backend_for(weight.device) if weight is not None else None) or "torch"
-        is_left_to_stock = weight is None or autocast_reason(weight.device, weight.dtype, False)
-        dtype = None if is_left_to_stock else autocast_dtype(weight.device)
+        dtype = None if weight is None else autocast_dtype(weight.device)
+        if dtype and autocast_reason(weight.device, weight.dtype, False):
+            dtype = None  # stock's code runs in that region
         derived = self._derived.get(dtype)
         if derived and (derived.ops.backend != backend or not derived.source.is_unchanged()):
             derived = None

@@ -28,7 +28,7 @@ def test_info(backend, capsys):
 @pytest.fixture
 def tiny(monkeypatch, tmp_path):
     """`siglip-fast info` on a small model, with an empty cache folder."""
-    monkeypatch.setattr("siglip_fast.feed.loading.config_for", lambda name: SiglipVisionConfig(**TINY))
+    monkeypatch.setattr("siglip_fast.models.variants.config_for", lambda name: SiglipVisionConfig(**TINY))
     monkeypatch.setenv("SIGLIP_FAST_CACHE_DIR", str(tmp_path))
 
 
