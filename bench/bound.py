@@ -58,44 +58,65 @@ class Work:
     rows: int  # or images, where the grid is over those
     flops: int
     bytes: int
-    programs: int
-    program_flops: int  # of the main loop's dots in one program, padding included
-    trip_flops: int  # of one iteration of it
+    tiles: int  # of the result
+    programs: int  # as many, but of a persistent grid, whose programs take several each
+    program_flops: int  # of the main loop's dots for one tile, padding included
+    trips: float  # of the main loop for one tile
+    l2_bytes: int  # that a tile's main loop reads
     warps: int
+    stages: int
 
     @classmethod
     def of(cls, kernel: str, a: dict, grid: tuple[int, ...]) -> "Work":
         values = [getattr(v, "base", v) for v in a.values()]  # a tensor descriptor's is its tensor
         tensors = [v for v in values if hasattr(v, "element_size")]
         moved = sum(t.numel() * t.element_size() for t in tensors)
-        flops, trips, trip_flops = _FORMULAS[kernel](a, tensors)
+        flops, trips, trip_flops, trip_bytes = _FORMULAS[kernel](a, tensors)
         rows = a.get("M", tensors[0].shape[0])
-        return cls(rows, flops, moved, math.prod(grid), trips * trip_flops, trip_flops, a["num_warps"])
+        programs = math.prod(grid)
+        tiles = -(-rows // a["BLOCK_M"]) * -(-a["N"] // a["BLOCK_N"]) if a.get("PERSISTENT") else programs
+        return cls(
+            rows, flops, moved, tiles, programs, trips * trip_flops, trips, trips * trip_bytes,
+            a["num_warps"], a.get("num_stages", 1),
+        )  # fmt: skip
+
+    @property
+    def trip_flops(self) -> float:
+        return self.program_flops / max(self.trips, 1)
+
+    @property
+    def persistent(self) -> bool:
+        return self.tiles > self.programs
 
 
-def _gemm(a: dict, columns: str, rows: int) -> tuple[int, int, int]:
+def _gemm(a: dict, columns: str, rows: int) -> tuple[int, int, int, int]:
     trips = -(-a["K"] // (a["BLOCK_K"] * a.get("SPLIT_K", 1)))
-    return 2 * rows * a[columns] * a["K"], trips, 2 * a["BLOCK_M"] * a["BLOCK_N"] * a["BLOCK_K"]
+    trip = a["BLOCK_M"] * a["BLOCK_N"] * a["BLOCK_K"]
+    return 2 * rows * a[columns] * a["K"], trips, 2 * trip, 2 * (a["BLOCK_M"] + a["BLOCK_N"]) * a["BLOCK_K"]
 
 
-def _attention(a: dict, tensors: list) -> tuple[int, int, int]:
+def _attention(a: dict, tensors: list) -> tuple[int, float, int, int]:
     B, N, _, H, d = tensors[0].shape
+    trips = N // a["BLOCK_N"] + a["TAIL_N"] / a["BLOCK_N"]
     trip = 4 * a["BLOCK_M"] * a["BLOCK_N"] * (a["WIDTH0"] + a["WIDTH1"])
-    return 4 * B * H * N * N * d, -(-N // a["BLOCK_N"]), trip
+    return 4 * B * H * N * N * d, trips, trip, 4 * a["BLOCK_N"] * d
 
 
-def _pool(a: dict, tensors: list) -> tuple[int, int, int]:
+def _pool(a: dict, tensors: list) -> tuple[int, int, int, int]:
     B, N, D = tensors[0].shape
-    trips = -(-N // a["BLOCK_N"]) * -(-D // a["BLOCK_K"])
-    return 4 * B * a["HEADS"] * N * D, trips, 2 * a["BLOCK_H"] * a["BLOCK_N"] * a["BLOCK_K"]
+    trips = 2 * -(-D // a["BLOCK_K"])  # half of them for the scores, with an fp32 weight each, half for the sums
+    trip = 2 * a["BLOCK_H"] * a["BLOCK_N"] * a["BLOCK_K"]
+    return 4 * B * a["HEADS"] * N * D, trips, trip, 2 * (a["BLOCK_H"] + a["BLOCK_N"]) * a["BLOCK_K"]
 
 
-def _value(a: dict, tensors: list) -> tuple[int, int, int]:
-    trip = 2 * a["BLOCK_M"] * a["BLOCK_N"] * a["BLOCK_K"]
-    return 2 * a["B"] * a["D"] * a["D"], -(-a["D"] // a["BLOCK_K"]), trip
+def _value(a: dict, tensors: list) -> tuple[int, int, int, int]:
+    BLOCK_M = a["IMAGES"] * a["BLOCK_S"]
+    trips = -(-a["splits"] // a["BLOCK_S"]) * -(-a["D"] // a["BLOCK_K"])
+    bytes_ = 2 * (BLOCK_M + a["BLOCK_N"]) * a["BLOCK_K"]
+    return 2 * a["B"] * a["D"] * a["D"], trips, 2 * BLOCK_M * a["BLOCK_N"] * a["BLOCK_K"], bytes_
 
 
-# kernel: FLOPs of the operation, trips of the main loop in a program, FLOPs of a trip
+# kernel: FLOPs of the operation, trips of the main loop for a tile, FLOPs of a trip, bytes that it reads (in 16 bits)
 _FORMULAS = {
     "patch_embed": lambda a, _: _gemm(a, "D", a["M"]),
     "layernorm_linear": lambda a, _: _gemm(a, "N", a["M"]),
@@ -103,8 +124,8 @@ _FORMULAS = {
     "attention": _attention,
     "pool": _pool,
     "value": _value,
-    "layernorm": lambda a, _: (0, 0, 0),
-    "residual_epilogue": lambda a, _: (0, 0, 0),
+    "layernorm": lambda a, _: (0, 0, 0, 0),
+    "residual_epilogue": lambda a, _: (0, 0, 0, 0),
 }
 
 
@@ -122,20 +143,25 @@ def loop_flops(work: Work, code: MachineCode) -> float:
 
 
 def pipe_cycles(work: Work, code: MachineCode, gpu: Gpu) -> dict[str, float]:
-    """Cycles of an SM that each pipe is busy with one program's main loop."""
+    """Cycles of an SM that each pipe is busy with one tile's main loop."""
     if not work.program_flops:
         return {}
     passes = work.program_flops / loop_flops(work, code)
-    per_clock = _THROUGHPUT | {"fp32": _FP32.get(gpu.arch, _THROUGHPUT["fp32"])}
-    operations: Counter = Counter(issue=32 * sum(code.main_loop.values()))
-    for opcode, count in code.main_loop.items():
+    cycles = {pipe: passes * work.warps * n for pipe, n in instruction_cycles(code.main_loop, gpu.arch).items()}
+    tensor_flops = gpu.tflops * 1e12 / (gpu.sms * gpu.ghz * 1e9)
+    return cycles | {"tensor": work.program_flops / tensor_flops}
+
+
+def instruction_cycles(opcodes: Counter, arch: str) -> dict[str, float]:
+    """Cycles of an SM that each pipe is busy with a warp's instructions."""
+    per_clock = _THROUGHPUT | {"fp32": _FP32.get(arch, _THROUGHPUT["fp32"])}
+    operations: Counter = Counter(issue=32 * sum(opcodes.values()))
+    for opcode, count in opcodes.items():
         operations["shared"] += 32 * count * shared_bytes(opcode)
         for pipe, pattern in _PIPES.items():
             if match := pattern.match(opcode):
                 operations[pipe] += 32 * count * int(match[2] or 1)
-    cycles = {pipe: passes * work.warps * n / per_clock[pipe] for pipe, n in operations.items()}
-    tensor_flops = gpu.tflops * 1e12 / (gpu.sms * gpu.ghz * 1e9)
-    return cycles | {"tensor": work.program_flops / tensor_flops}
+    return {pipe: n / per_clock[pipe] for pipe, n in operations.items()}
 
 
 def shared_bytes(opcode: str) -> int:
@@ -174,7 +200,7 @@ def launches(gpu: Gpu, rows: list, model: str) -> list[Launch]:
         for work, count in row.calls[model].items():
             memory = work.bytes / (gpu.gbs * 1e3)
             roofline = max(memory, work.flops / (gpu.tflops * 1e6))
-            programs = -(-work.programs // gpu.sms)  # on the fullest SM
+            programs = -(-work.tiles // gpu.sms)  # tiles on the fullest SM
             cycles = pipe_cycles(work, row.code, gpu)
             pipes = {pipe: programs * n / (gpu.ghz * 1e3) for pipe, n in cycles.items() if n}
             found.append(Launch(row.kernel, row.shape, work.rows, count, roofline, pipes | {"memory": memory}))

@@ -11,6 +11,7 @@ import tempfile
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import cuxray
 import triton
@@ -38,10 +39,22 @@ class MachineCode:
     shared_limit: int
     occupancy: float  # %, of the warps that an SM or SIMD can hold
     everything: Counter  # opcodes
-    main_loop: Counter  # opcodes; of the whole kernel where the compiler unrolled the loop completely
+    main_loop: Counter  # opcodes of each pass; of the whole kernel where the compiler unrolled the loop completely
     unrolled: bool
     loops: tuple[Counter, ...]
-    waiting: int = 0  # of Hopper's products, those that end a group, behind which ptxas may wait for all (gsb0)
+    sometimes: Counter  # opcodes in the main loop that a pass may leave out
+    outside: Counter  # opcodes around the main loop, or around the products where it is unrolled
+    waiting: int  # of Hopper's products in the main loop, those behind which it waits for all before (gsb0)
+
+    @property
+    def products(self) -> int:
+        """Hopper's, in the main loop."""
+        return sum(n for opcode, n in self.main_loop.items() if opcode.startswith("HGMMA"))
+
+    @property
+    def serialized(self) -> bool:
+        """Whether many of Hopper's products wait for all before them; of attention's two groups the last ones have to."""
+        return 3 * self.waiting >= self.products > 0
 
     def tensor(self) -> Counter:
         return Counter({op: n for op, n in self.main_loop.items() if TENSOR.match(op)})
@@ -64,6 +77,42 @@ class MachineCode:
         return min((load_bytes(op) for loop in self.loops for op in loop if _GLOBAL_LOAD.match(op)), default=16)
 
 
+class _Loop(NamedTuple):
+    """A natural loop's opcodes, and those that every pass goes through: a persistent program's epilogue is not."""
+
+    whole: Counter
+    every_pass: Counter
+    waiting: int = 0  # of Hopper's products, see MachineCode
+
+    @classmethod
+    def of(
+        cls,
+        header: str,
+        loop: set[str],
+        edges: list[tuple[str, str]],
+        opcodes: dict[str, Counter],
+        waiting: dict[str, int],
+    ) -> "_Loop":
+        def comes_round_without(block: str) -> bool:
+            reached, todo = {header}, [header]
+            while todo:
+                here = todo.pop()
+                for source, target in edges:
+                    if source == here and target == header:
+                        return True
+                    if source == here and target in loop - reached - {block}:
+                        reached.add(target)
+                        todo.append(target)
+            return False
+
+        # Blackwell's products stand in a branch, which one thread of all takes in every pass.
+        multiplies = {block for block in loop if any(TENSOR.match(opcode) for opcode in opcodes[block])}
+        optional = [block for block in loop - multiplies - {header} if comes_round_without(block)]
+        total = lambda chosen: sum((opcodes[block] for block in chosen), Counter())  # noqa: E731
+        every_pass = loop.difference(optional)
+        return cls(total(loop), total(every_pass), sum(waiting[block] for block in every_pass))
+
+
 def inspect(kernel) -> MachineCode:
     """Of a `triton.compiler.CompiledKernel`."""
     target = kernel.metadata.target
@@ -77,15 +126,20 @@ def inspect(kernel) -> MachineCode:
         resources |= {"shared_limit": _AMD_SHARED[target.arch], "occupancy": occupancy}
     else:
         resources, whole, loops = _nvidia(kernel, cuxray.lookup(f"sm_{target.arch}"))
-    main = max(loops, key=_density, default=Counter())
-    unrolled = _density(main) == 0
+    loop = max(loops, key=lambda loop: _density(loop.every_pass), default=_Loop(Counter(), Counter()))
+    main, unrolled = loop.every_pass, _density(loop.every_pass) == 0
+    around = resources.pop("around", Counter())
+    waiting = resources.pop("waiting", 0)
     return MachineCode(
         **resources,
         shared=kernel.metadata.shared,
         everything=whole,
         main_loop=whole if unrolled else main,
+        sometimes=Counter() if unrolled else loop.whole - main,
+        outside=around if unrolled else whole - loop.whole,
         unrolled=unrolled,
-        loops=tuple(loops),
+        loops=tuple(loop.whole for loop in loops),
+        waiting=waiting if unrolled else loop.waiting,
     )
 
 
@@ -103,27 +157,29 @@ def _density(loop: Counter) -> float:
     return (tensor or (fma if fma >= 32 else 0)) / max(sum(loop.values()), 1)
 
 
-def _nvidia(kernel, spec) -> tuple[dict, Counter, list[Counter]]:
+def _nvidia(kernel, spec) -> tuple[dict, Counter, list[_Loop]]:
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder, "kernel.cubin")
         cubin.write_bytes(kernel.asm["cubin"])
         usage = next(iter(resusage.parse(_tool("cuobjdump", "--dump-resource-usage", cubin)).values()))
         function = next(iter(sass.parse_gi(_tool("nvdisasm", "-c", cubin)).functions.values()))
-    waiting = sum(i.opcode.startswith("HGMMA") and "gsb0" in i.operands for i in function.instructions)
+    opcodes = [i.opcode for i in function.instructions]
+    products = [at for at, opcode in enumerate(opcodes) if TENSOR.match(opcode)] or [len(opcodes)]
     threads = kernel.metadata.num_warps * spec.warp_size
     occupancy = cuxray.compute(spec, usage.reg, threads, smem_dynamic=kernel.metadata.shared)
     spills = spill_map(function)
     resources = {
         "registers": usage.reg,
         "spills": spills["store_bytes"] + spills["load_bytes"],
-        "waiting": waiting,
+        "waiting": sum(map(_waits, function.instructions)),
+        "around": Counter(opcodes[: products[0]] + opcodes[products[-1] + 1 :]),
         "shared_limit": spec.smem_per_block_max,
         "occupancy": occupancy.occupancy_pct,
     }
-    return resources, Counter(i.opcode for i in function.instructions), _nvidia_loops(function)
+    return resources, Counter(opcodes), _nvidia_loops(function)
 
 
-def _nvidia_loops(function: sass.Function) -> list[Counter]:
+def _nvidia_loops(function: sass.Function) -> list[_Loop]:
     """Natural loops, by cuxray from a control-flow graph drawn here: nvdisasm draws none of CUDA 12's cubins."""
     blocks, label = {function.name: []}, {}
     last, current = None, function.name
@@ -145,14 +201,20 @@ def _nvidia_loops(function: sass.Function) -> list[Counter]:
             edges.append((name, following))
     dot = [f'subgraph "cluster_{function.name}"', *(f'"{a}" -> "{b}"' for a, b in edges)]
     graph = cfgdot.parse("\n".join(dot))[function.name]
-    return [Counter(i.opcode for block in loop for i in blocks[block]) for loop in graph.loops.values()]
+    opcodes = {name: Counter(i.opcode for i in block) for name, block in blocks.items()}
+    waiting = {name: sum(map(_waits, block)) for name, block in blocks.items()}
+    return [_Loop.of(header, set(loop), edges, opcodes, waiting) for header, loop in graph.loops.items()]
+
+
+def _waits(instruction: sass.Instruction) -> bool:
+    return instruction.opcode.startswith("HGMMA") and "gsb0" in instruction.operands
 
 
 def _is_jump(instruction: sass.Instruction) -> bool:
     return instruction.opcode.split(".")[0] in ("BRA", "EXIT", "RET", "BRX")
 
 
-def _amd(assembly: str) -> tuple[dict, Counter, list[Counter]]:
+def _amd(assembly: str) -> tuple[dict, Counter, list[_Loop]]:
     def field(pattern: str) -> int:
         return int(re.search(pattern + r"\s*(\d+)", assembly)[1])
 
@@ -180,7 +242,7 @@ def _amd(assembly: str) -> tuple[dict, Counter, list[Counter]]:
         "spills": field(r"\.private_segment_fixed_size:"),
         "waves": field(r"; Occupancy:"),
     }
-    return resources, everything, list(loops.values())
+    return resources, everything, [_Loop(loop, loop) for loop in loops.values()]
 
 
 @functools.cache

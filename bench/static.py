@@ -26,6 +26,7 @@ import triton
 from bound import Work
 from gates import TENSOR, Row, failures
 from machine_code import inspect
+from siglip_fast.kernels.tiles import GPUS
 from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
@@ -36,7 +37,7 @@ from siglip_fast.models.variants import VARIANTS, config_for
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # What tells the specializations of a kernel apart: those of its constants that are no configuration.
-SHAPE = ("N", "K", "D", "HEADS", "HEAD_DIM", "PATCH", "GELU", "HAS_RESIDUAL", "HAS_TAIL")
+SHAPE = ("N", "K", "D", "HEADS", "HEAD_DIM", "PATCH", "GELU", "HAS_RESIDUAL", "TAIL_N")
 
 
 Task = tuple[str, str, tuple[str, ...], int]  # architecture, dtype, models, batch size
@@ -56,6 +57,14 @@ class _Pretender:
 
     def get_current_stream(self, device):
         return 0
+
+    @property
+    def utils(self):
+        return self
+
+    def get_device_properties(self, device):
+        gpu = GPUS.get(f"sm_{self._target.arch}")
+        return {"multiprocessor_count": gpu.sms if gpu else 0}
 
 
 @dataclass(eq=False)
@@ -141,7 +150,9 @@ def describe(arch: str, dtype: str, function: JITFunction, arguments: dict, kern
     name = function.__name__.removesuffix("_kernel").strip("_")
     constants = {p.name for p in function.params if p.is_constexpr} & set(SHAPE)
     shape = " ".join(f"{key}={int(arguments[key])}" for key in SHAPE if key in constants)
-    config = {k: v for k, v in arguments.items() if k.startswith(("BLOCK_", "GROUP_", "num_", "SPLIT_K", "TMA"))}
+    config = {
+        k: v for k, v in arguments.items() if k.startswith(("BLOCK_", "GROUP_", "num_", "SPLIT_K", "TMA", "PERSISTENT"))
+    }
     if isinstance(kernel, NotCompiled):
         return Row(arch, dtype, name, shape, config, None, kernel.reason)
     return Row(arch, dtype, name, shape, config, inspect(kernel))

@@ -1,4 +1,4 @@
-"""Compare tiles of the attention kernel by their static bound: what `attention_config` was chosen by. Without a GPU.
+"""Compare tiles of the attention kernel by their static bound: what `attention_default` was chosen by. Without a GPU.
 
     python bench/tiles.py [--arch sm_80 --arch sm_90 …] [--markdown OUT]
 
@@ -17,7 +17,8 @@ from pathlib import Path
 import bound
 import torch
 from gates import failures
-from siglip_fast.kernels.attention import attention, attention_config
+from siglip_fast.kernels.attention import attention
+from siglip_fast.kernels.tiles import attention_default
 from static import describe, launches_of, write
 from tqdm import tqdm
 
@@ -27,6 +28,7 @@ CANDIDATES = [
     for m, n, warps, stages in itertools.product((64, 128), (32, 64, 128), (4, 8), (2, 3))
 ]
 SHOWN = 3
+BATCH = 64
 ABOUT = """For each architecture and head_dim: the tiles that pass the gates of bench/static.py, those with the
 lowest bound first, and the default. The bound is that of bench/bound.py (uncalibrated, no GPU was involved), in bf16 at
 batch 64. It counts no AMD instructions, so AMD is not here."""
@@ -37,7 +39,7 @@ Tile = tuple[float, float, str, dict]  # bound in µs, −occupancy, the row's t
 def compile_tile(arch: str, head_dim: int, config: dict[str, int]) -> Tile | None:
     """None where a gate fails."""
     tokens, heads = SHAPES[head_dim]
-    qkv = torch.empty(64, tokens, 3, heads, head_dim, dtype=torch.bfloat16, device="meta")
+    qkv = torch.empty(BATCH, tokens, 3, heads, head_dim, dtype=torch.bfloat16, device="meta")
     with launches_of(arch) as launches:
         attention(qkv, config)
     function, arguments, grid, kernel = launches[0]
@@ -53,7 +55,8 @@ def compile_tile(arch: str, head_dim: int, config: dict[str, int]) -> Tile | Non
 
 
 def table(arch: str, head_dim: int, tiles: list[Tile]) -> list[str]:
-    default = attention_config(torch.bfloat16, head_dim, arch)
+    tokens, heads = SHAPES[head_dim]
+    default = attention_default(torch.bfloat16, arch, BATCH, tokens, heads, head_dim)
     lines = []
     for rank, (_, _, text, config) in enumerate(sorted(tiles, key=lambda tile: tile[:2]), start=1):
         if rank <= SHOWN or config == default:

@@ -16,9 +16,9 @@ from the meta device, or may do either:
   kernels of the libraries are counted. Where in doubt, the count favours stock. Pixels are bf16 already.
 
 **siglip_fast** is its forward on the triton backend. Every Triton launch is recorded instead of run, with the tensors
-that it is given; a torch operator in between would count as it does for stock. In the pooling kernel each program
-needs the scores of all tokens, for which it reads all of them, and the score weights again for every block of tokens:
-the row "with rereads" counts all of these, as if no cache had caught any.
+that it is given; a torch operator in between would count as it does for stock. A program of the pooling kernel reads
+its tokens twice, for their scores and for their sums, and all score weights: the row "with rereads" counts all of
+these, as if no cache had caught any.
 
 **The fused minimum** is that of the layers alone: each of the five operations of a layer reads its activations, and
 the residual if it adds one, and writes its result, once. **Targets**, for the row with rereads: at most 5 launches a
@@ -96,12 +96,8 @@ class Counter(TorchDispatchMode):
     def triton(self, kernel: Any, grid: tuple[int, ...], *args, **kwargs) -> None:
         self._add(kernel.fn.__name__, _tensors((args, kwargs)), [])  # inputs and outputs, all distinct
         if kernel is attention_pool._pool_kernel:
-            images, programs = grid
             given = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
-            score_loads = images * math.ceil(given["N"] / given["BLOCK_N"])
-            # The values are one read of the tokens more, which the programs share out: it is counted above.
-            tokens, scores = _bytes([given["y_ptr"]]), _bytes([given["scores_weight_ptr"]])
-            self.rereads += programs * (tokens + score_loads * scores)
+            self.rereads += _bytes([given["y_ptr"]]) + math.prod(grid) * _bytes([given["scores_weight_ptr"]])
 
     def _add(self, name: str, read: list[Tensor], written: list[Tensor]) -> None:
         distinct = {(_memory(t), t.storage_offset(), t.shape, t.stride()): t for t in read}.values()

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from .gemm import device_guard, gpu_arch, input_precision
+from .tiles import attention_default, attention_tiles, default_first
 
 
 @triton.jit
@@ -57,11 +58,11 @@ def _attend(
     if WIDTH1 > 0:
         k1 = _load_slice(k_ptr, keys, N, WIDTH0, WIDTH1, HEAD_DIM, STRIDE, TAIL)
         scores = tl.dot(q1, k1.T, scores, input_precision=INPUT_PRECISION)
-    scores *= scale
     if TAIL:
         scores = tl.where(keys[None, :] < N, scores, float("-inf"))
-    new_max = tl.maximum(row_max, tl.max(scores, axis=1))
-    p = tl.exp2(scores - new_max[:, None])
+    # scale > 0; scaling together with the subtraction is one instruction an element, not two
+    new_max = tl.maximum(row_max, scale * tl.max(scores, axis=1))
+    p = tl.exp2(scores * scale - new_max[:, None])
     alpha = tl.exp2(row_max - new_max)
     row_sum = row_sum * alpha + tl.sum(p, axis=1)
     p = p.to(q0.dtype)
@@ -81,7 +82,7 @@ def _store_slice(ptr, x, rows, N, FIRST: tl.constexpr, WIDTH: tl.constexpr, HEAD
     tl.store(ptr + rows[:, None] * STRIDE + columns[None, :], x.to(ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _attention_kernel(
     qkv_ptr,
     out_ptr,
@@ -91,7 +92,7 @@ def _attention_kernel(
     HEAD_DIM: tl.constexpr,
     WIDTH0: tl.constexpr,
     WIDTH1: tl.constexpr,
-    HAS_TAIL: tl.constexpr,
+    TAIL_N: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -117,10 +118,10 @@ def _attention_kernel(
     row_max = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
     row_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
     full = N // BLOCK_N * BLOCK_N
-    if HAS_TAIL:
+    if TAIL_N > 0:
         acc0, acc1, row_max, row_sum = _attend(
             q0, q1, k_ptr, v_ptr, full, N, acc0, acc1, row_max, row_sum, scale,
-            HEAD_DIM, WIDTH0, WIDTH1, STRIDE, INPUT_PRECISION, BLOCK_N, True,
+            HEAD_DIM, WIDTH0, WIDTH1, STRIDE, INPUT_PRECISION, TAIL_N, True,
         )  # fmt: skip
     for start in range(0, full, BLOCK_N):
         acc0, acc1, row_max, row_sum = _attend(
@@ -131,53 +132,6 @@ def _attention_kernel(
     _store_slice(out_ptr, acc0 / row_sum[:, None], rows, N, 0, WIDTH0, HEAD_DIM, STRIDE_OUT)
     if WIDTH1 > 0:
         _store_slice(out_ptr, acc1 / row_sum[:, None], rows, N, WIDTH0, WIDTH1, HEAD_DIM, STRIDE_OUT)
-
-
-def attention_config(dtype: torch.dtype, head_dim: int, arch: str) -> dict[str, int]:
-    """The default tile: no spills, a static bound within 5 % of the lowest, and of such tiles the most rows, because
-    more rows read keys and values less often from L2, which the bound does not count (docs/tiles.md)."""
-    if dtype == torch.float32:
-        # 72's second slice of 8, padded to 16, spills at 64 rows.
-        rows = 16 if arch.startswith("gfx11") else 32 if head_dim % 32 else 64
-        return {"BLOCK_M": rows, "BLOCK_N": 16, "num_warps": 8, "num_stages": 2}
-    config = {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2}
-    if arch == "sm_80":
-        return config | {"BLOCK_N": 32, "num_warps": 4, "num_stages": 3}
-    if arch in ("sm_86", "sm_89", "sm_120") or arch.startswith("gfx11"):
-        return config | {"BLOCK_N": 32, "num_stages": 3 if arch in ("sm_86", "sm_89") else 2}
-    if arch == "sm_100" or arch == "sm_90" and head_dim <= 72:
-        return config | {"BLOCK_N": 128}
-    return config
-
-
-# BLOCK_M, BLOCK_N, num_warps, num_stages, as in attention_config
-TILES = [
-    (64, 64, 4, 2),
-    (128, 64, 8, 2),
-    (64, 32, 4, 2),
-    (64, 64, 4, 3),
-    (64, 128, 4, 2),
-    (128, 32, 4, 3),
-    (128, 32, 8, 2),
-    (128, 64, 4, 2),
-    (128, 64, 8, 3),
-    (128, 128, 8, 2),
-]
-FP32_TILES = [(32, 16, 8, 2), (16, 16, 4, 2)]  # the others tried spill on sm_90 for one head_dim of 64, 72 and 96
-
-
-def attention_configs(dtype: torch.dtype, head_dim: int, arch: str) -> list[dict[str, int]]:
-    """Candidates, the default first. PAD: one slice, padded, in place of two, for GPUs on which chained dots fail."""
-    default = attention_config(dtype, head_dim, arch)
-    fp32 = dtype == torch.float32
-    configs = [
-        {"BLOCK_M": m, "BLOCK_N": n, "num_warps": warps, "num_stages": stages}
-        for m, n, warps, stages in (FP32_TILES if fp32 else TILES)
-        if n >= 64 or fp32 or arch != "sm_90"  # with fewer keys a block every second product waits there
-    ]
-    configs = [default, *(config for config in configs if config != default)]
-    two_slices = head_slices(head_dim)[1] > 0 and not fp32  # in fp32 every padded tile spills
-    return configs + [config | {"PAD": True} for config in configs[:4] if two_slices]
 
 
 def head_slices(head_dim: int, pad: bool = False) -> tuple[int, int]:
@@ -192,12 +146,24 @@ def head_slices(head_dim: int, pad: bool = False) -> tuple[int, int]:
     return first, max(16, triton.next_power_of_2(rest)) if rest > 0 else 0
 
 
+def tail_width(N: int, BLOCK_N: int) -> int:
+    """Of the block that holds the keys beyond the last whole block; 0 where there are none."""
+    return max(16, triton.next_power_of_2(N % BLOCK_N)) if N % BLOCK_N else 0
+
+
+def attention_configs(dtype: torch.dtype, arch: str, B: int, N: int, H: int, d: int) -> list[dict[str, int]]:
+    """Candidates, the default first. PAD: one slice, padded, in place of two, for GPUs on which chained dots fail."""
+    configs = default_first(attention_default(dtype, arch, B, N, H, d), attention_tiles(dtype))
+    two_slices = head_slices(d)[1] > 0 and dtype != torch.float32  # in fp32 every padded tile spills
+    return configs + [config | {"PAD": True} for config in configs[:4] if two_slices]
+
+
 def attention(qkv: torch.Tensor, config: dict[str, int] | None = None) -> torch.Tensor:
     """`[B, N, 3, H, d]` → `[B, N, H, d]`."""
     B, N, _, H, d = qkv.shape
     out = torch.empty((B, N, H, d), dtype=qkv.dtype, device=qkv.device)
     with device_guard(qkv):
-        config = dict(config or attention_config(qkv.dtype, d, gpu_arch()))
+        config = dict(config or attention_default(qkv.dtype, gpu_arch(), B, N, H, d))
         first, second = head_slices(d, config.pop("PAD", False))
         _attention_kernel[(triton.cdiv(N, config["BLOCK_M"]) * B * H,)](
             qkv,
@@ -208,7 +174,7 @@ def attention(qkv: torch.Tensor, config: dict[str, int] | None = None) -> torch.
             HEAD_DIM=d,
             WIDTH0=first,
             WIDTH1=second,
-            HAS_TAIL=N % config["BLOCK_N"] != 0,
+            TAIL_N=tail_width(N, config["BLOCK_N"]),
             INPUT_PRECISION=input_precision(qkv.dtype),
             **config,
         )

@@ -8,6 +8,10 @@ which equals projecting every token to keys and values (the key bias adds one co
 softmax; the weights p sum to one, so the value bias moves out of the sum) at a fraction of the work, and reads the
 tokens instead of their keys and values. Attention pooling: Zhai et al. 2022 (MAP head).
 
+The tokens are split among programs, because there may be one image only (Flash-Decoding: Dao et al. 2023). Each split
+leaves the pooled tokens of its own softmax and that softmax's logsumexp L; the value projection is linear, so the
+splits are merged behind it, with the weights exp(L - logsumexp(L)), and no launch is needed for that.
+
 y [B, N, D], W_v [D, D], b_v [D], out [B, D] in bf16, fp16 or fp32; S [H, D] in fp32.
 """
 
@@ -15,14 +19,23 @@ import torch
 import triton
 import triton.language as tl
 
-from .gemm import device_guard, input_precision, main_loop
+from .gemm import device_guard, gpu_arch, input_precision
 
 
 @triton.jit
+def _load_columns(ptrs, columns, D: tl.constexpr, BLOCK_K: tl.constexpr):
+    """`[rows, BLOCK_K]` of rows that begin at `ptrs [rows, 1]`, zero beyond column D."""
+    if D % BLOCK_K == 0:
+        return tl.load(ptrs + columns[None, :])
+    return tl.load(ptrs + columns[None, :], mask=columns[None, :] < D, other=0.0)
+
+
+@triton.jit(do_not_specialize=["N"])
 def _pool_kernel(
     y_ptr,
     scores_weight_ptr,
     pooled_ptr,
+    logsumexp_ptr,
     N,
     D: tl.constexpr,
     HEADS: tl.constexpr,
@@ -31,134 +44,167 @@ def _pool_kernel(
     BLOCK_H: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    BLOCK_D: tl.constexpr,
 ):
-    """One image and BLOCK_D of its channels; the scores need all channels, so each program computes all of them."""
+    """BLOCK_N tokens of one image, all heads."""
     batch = tl.program_id(0).to(tl.int64)
-    columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    split = tl.program_id(1)
+    splits = tl.cdiv(N, BLOCK_N)
     heads = tl.arange(0, BLOCK_H)
+    tokens = split * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_k = tl.arange(0, BLOCK_K)
-    y_ptr += batch * N * D
-    head_max = tl.full([BLOCK_H], float("-inf"), dtype=tl.float32)
-    head_sum = tl.zeros([BLOCK_H], dtype=tl.float32)
-    acc = tl.zeros([BLOCK_H, BLOCK_D], dtype=tl.float32)
-    for start in range(0, N, BLOCK_N):
-        tokens = start + tl.arange(0, BLOCK_N)
-        # [BLOCK_H, BLOCK_N]
-        scores = tl.zeros([BLOCK_H, BLOCK_N], dtype=tl.float32)
-        for k in range(0, D, BLOCK_K):
-            inside = offs_k < D - k
-            w = tl.load(
-                scores_weight_ptr + heads[:, None] * D + (k + offs_k)[None, :],
-                mask=(heads[:, None] < HEADS) & inside[None, :],
-                other=0.0,
-            )
-            y = tl.load(
-                y_ptr + tokens[:, None] * D + (k + offs_k)[None, :],
-                mask=(tokens[:, None] < N) & inside[None, :],
-                other=0.0,
-            )
-            scores = tl.dot(w, y.to(tl.float32).T, scores, input_precision=SCORE_PRECISION)
-        scores = tl.where(tokens[None, :] < N, scores * 1.4426950408889634, float("-inf"))
-        new_max = tl.maximum(head_max, tl.max(scores, axis=1))
-        p = tl.exp2(scores - new_max[:, None])
-        alpha = tl.exp2(head_max - new_max)
-        head_sum = head_sum * alpha + tl.sum(p, axis=1)
-        head_max = new_max
-        # [BLOCK_N, BLOCK_D]
-        values = tl.load(
-            y_ptr + tokens[:, None] * D + columns[None, :],
-            mask=(tokens[:, None] < N) & (columns[None, :] < D),
-            other=0.0,
+    # Clamped instead of masked: what is beyond N gets the weight 0, what is beyond HEADS is not stored.
+    y_ptrs = y_ptr + batch * N * D + tl.minimum(tokens, N - 1)[:, None] * D
+    w_ptrs = scores_weight_ptr + tl.minimum(heads, HEADS - 1)[:, None] * D
+    # [BLOCK_H, BLOCK_N]
+    scores = tl.zeros([BLOCK_H, BLOCK_N], dtype=tl.float32)
+    for k in range(0, D, BLOCK_K):
+        w = _load_columns(w_ptrs, k + offs_k, D, BLOCK_K)
+        y = _load_columns(y_ptrs, k + offs_k, D, BLOCK_K)
+        scores = tl.dot(w, y.to(tl.float32).T, scores, input_precision=SCORE_PRECISION)
+    scores = tl.where(tokens[None, :] < N, scores * 1.4426950408889634, float("-inf"))
+    head_max = tl.max(scores, axis=1)
+    p = tl.exp2(scores - head_max[:, None])
+    head_sum = tl.sum(p, axis=1)
+    row = batch * splits + split
+    tl.store(logsumexp_ptr + row * HEADS + heads, head_max + tl.log2(head_sum), mask=heads < HEADS)
+    p = p.to(y_ptr.dtype.element_ty)
+    for k in range(0, D, BLOCK_K):
+        columns = k + offs_k
+        # [BLOCK_H, BLOCK_K]
+        pooled = tl.dot(p, _load_columns(y_ptrs, columns, D, BLOCK_K), input_precision=INPUT_PRECISION)
+        tl.store(
+            pooled_ptr + (row * HEADS + heads[:, None]) * D + columns[None, :],
+            (pooled / head_sum[:, None]).to(pooled_ptr.dtype.element_ty),
+            mask=(heads[:, None] < HEADS) & (columns[None, :] < D),
         )
-        acc = tl.dot(p.to(values.dtype), values, acc * alpha[:, None], input_precision=INPUT_PRECISION)
-    out = acc / head_sum[:, None]
-    tl.store(
-        pooled_ptr + batch * HEADS * D + heads[:, None] * D + columns[None, :],
-        out.to(pooled_ptr.dtype.element_ty),
-        mask=(heads[:, None] < HEADS) & (columns[None, :] < D),
-    )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B", "splits"])
 def _value_kernel(
     pooled_ptr,
+    logsumexp_ptr,
     w_ptr,
     bias_ptr,
     out_ptr,
     B,
+    splits,
     D: tl.constexpr,
     HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
+    IMAGES: tl.constexpr,
+    BLOCK_S: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """The value projection of one head for BLOCK_M images."""
+    """BLOCK_N columns of one head for so many images: all splits projected, then merged."""
+    BLOCK_M: tl.constexpr = IMAGES * BLOCK_S
+    image = tl.program_id(0).to(tl.int64) * IMAGES
     head = tl.program_id(1)
-    row = tl.program_id(0).to(tl.int64) * BLOCK_M
-    rows = row + tl.arange(0, BLOCK_M)
-    columns = tl.arange(0, BLOCK_N)
-    acc = main_loop(
-        pooled_ptr + head * D,
-        w_ptr + head * HEAD_DIM * D,
-        row,
-        0,
-        B,
-        HEAD_DIM,
-        D,
-        HEADS * D,
-        INPUT_PRECISION,
-        BLOCK_M,
-        BLOCK_N,
-        BLOCK_K,
-    )
-    column_mask = columns < HEAD_DIM
-    acc += tl.load(bias_ptr + head * HEAD_DIM + columns, mask=column_mask, other=0.0).to(tl.float32)[None, :]
+    column = tl.program_id(2) * BLOCK_N + tl.arange(0, BLOCK_N)
+    rows = tl.arange(0, BLOCK_M)
+    offs_k = tl.arange(0, BLOCK_K)
+    w_ptrs = w_ptr + (head * HEAD_DIM + tl.minimum(column, HEAD_DIM - 1))[:, None] * D
+    out = tl.zeros([IMAGES, BLOCK_N], dtype=tl.float32)
+    total_max = tl.full([IMAGES], float("-inf"), dtype=tl.float32)
+    total = tl.zeros([IMAGES], dtype=tl.float32)
+    for first in range(0, splits, BLOCK_S):
+        split = first + rows % BLOCK_S
+        row = tl.minimum(image + rows // BLOCK_S, B - 1) * splits + tl.minimum(split, splits - 1)
+        row = row * HEADS + head
+        logsumexp = tl.where(split < splits, tl.load(logsumexp_ptr + row), float("-inf"))
+        # [BLOCK_M, BLOCK_N]
+        acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+        for k in range(0, D, BLOCK_K):
+            x = _load_columns(pooled_ptr + row[:, None] * D, k + offs_k, D, BLOCK_K)
+            w = _load_columns(w_ptrs, k + offs_k, D, BLOCK_K)
+            acc = tl.dot(x, w.T, acc, input_precision=INPUT_PRECISION)
+        # [IMAGES, BLOCK_S], [IMAGES, BLOCK_S, BLOCK_N]
+        logsumexp = tl.reshape(logsumexp, [IMAGES, BLOCK_S])
+        acc = tl.reshape(acc, [IMAGES, BLOCK_S, BLOCK_N])
+        new_max = tl.maximum(total_max, tl.max(logsumexp, axis=1))
+        weight = tl.exp2(logsumexp - new_max[:, None])
+        alpha = tl.exp2(total_max - new_max)
+        total = total * alpha + tl.sum(weight, axis=1)
+        out = out * alpha[:, None] + tl.sum(acc * weight[:, :, None], axis=1)
+        total_max = new_max
+    bias = tl.load(bias_ptr + head * HEAD_DIM + column, mask=column < HEAD_DIM, other=0.0).to(tl.float32)
+    out = out / total[:, None] + bias[None, :]
+    images = image + tl.arange(0, IMAGES)
     tl.store(
-        out_ptr + rows[:, None] * D + (head * HEAD_DIM + columns)[None, :],
-        acc.to(out_ptr.dtype.element_ty),
-        mask=(rows[:, None] < B) & column_mask[None, :],
+        out_ptr + images[:, None] * D + (head * HEAD_DIM + column)[None, :],
+        out.to(out_ptr.dtype.element_ty),
+        mask=(images[:, None] < B) & (column[None, :] < HEAD_DIM),
     )
 
 
-# BLOCK_K 64 spills on sm_86 in fp32, and under Triton 3.6 in bf16 too.
-POOL_CONFIG = {"BLOCK_N": 32, "BLOCK_K": 32, "BLOCK_D": 128, "num_warps": 4, "num_stages": 2}
+def pool_tile(BLOCK_N: int, BLOCK_K: int, num_warps: int, num_stages: int) -> dict[str, int]:
+    return {"BLOCK_N": BLOCK_N, "BLOCK_K": BLOCK_K, "num_warps": num_warps, "num_stages": num_stages}
 
 
-def value_config(dtype: torch.dtype) -> dict[str, int]:
-    num_stages = 2 if dtype == torch.float32 else 3  # 3 do not fit AMD's 64 KB in fp32
-    return {"BLOCK_M": 16, "BLOCK_K": 64, "num_warps": 4, "num_stages": num_stages}
+def value_tile(BLOCK_M: int, *others: int) -> dict[str, int]:
+    """BLOCK_M: images times splits."""
+    return {"BLOCK_M": BLOCK_M} | pool_tile(*others)
 
 
-# BLOCK_N, BLOCK_K, BLOCK_D, num_warps, num_stages, and BLOCK_M, BLOCK_K, num_stages
+def pool_config(dtype: torch.dtype, arch: str, B: int, N: int) -> dict[str, int]:
+    fp32, rdna = dtype == torch.float32, arch.startswith("gfx11")
+    # As many tokens as leave each of about 128 programs one split: splits are parallel, but each is a pooled token more.
+    tokens = min(B * N // 128, N, 64 if fp32 else 128)
+    BLOCK_N = max(16, triton.next_power_of_2(tokens))
+    few = BLOCK_N <= 32  # whose loops take no more than the latency of their loads
+    BLOCK_K = (128 if few else 64) // (2 if fp32 or rdna else 1)  # or there are spills
+    return pool_tile(BLOCK_N, BLOCK_K, 4, 2 if rdna else 4 if few else 3)
+
+
+def value_config(dtype: torch.dtype, arch: str, B: int, N: int) -> dict[str, int]:
+    fp32, few = dtype == torch.float32, B * N <= 2048
+    if arch.startswith("gfx11"):  # whose registers hold no more
+        return value_tile(16, 16 if few else 32, 32 if fp32 else 64, 4, 2)
+    if few:  # short chains of loads; else fewer programs that read the same weights and pooled tokens
+        return value_tile(16, 16, 64 if fp32 else 256, 4, 3)
+    return value_tile(32, 32, 32, 4, 2) if fp32 else value_tile(32, 32, 64, 4, 3)
+
+
+# BLOCK_N, BLOCK_K, num_warps, num_stages; none spills on sm_90
 POOL_TILES = [
-    (16, 64, 128, 4, 2),
-    (32, 32, 64, 4, 2),
-    (32, 32, 128, 4, 3),
-    (32, 32, 256, 4, 2),
-    (32, 64, 128, 8, 2),
-    (64, 32, 128, 8, 2),
-    (64, 32, 256, 8, 2),
+    (16, 64, 4, 4),
+    (16, 128, 2, 4),
+    (16, 128, 4, 4),
+    (32, 128, 4, 3),
+    (32, 128, 4, 4),
+    (64, 64, 4, 3),
+    (64, 128, 4, 3),
+    (128, 32, 4, 4),
+    (128, 64, 4, 3),
+    (128, 64, 8, 3),
 ]
-VALUE_TILES = [(16, 32, 3), (16, 128, 2), (32, 64, 2), (64, 32, 2)]
+FP32_POOL_TILES = [(16, 64, 4, 4), (32, 32, 4, 3), (32, 64, 4, 3), (64, 32, 4, 3), (64, 32, 8, 3)]
+# BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages
+VALUE_TILES = [
+    (16, 16, 128, 4, 3),
+    (16, 16, 256, 4, 3),
+    (16, 64, 64, 4, 3),
+    (32, 16, 128, 4, 3),
+    (32, 32, 64, 4, 3),
+    (32, 32, 128, 4, 3),
+    (32, 64, 64, 4, 3),
+]
+FP32_VALUE_TILES = [(16, 16, 64, 4, 3), (16, 32, 32, 4, 3), (32, 32, 32, 4, 2), (32, 32, 32, 8, 2)]
 
 
-def attention_pool_config(dtype: torch.dtype) -> dict[str, dict[str, int]]:
+def attention_pool_config(dtype: torch.dtype, arch: str, B: int, N: int) -> dict[str, dict[str, int]]:
     """The default: a tile for each of the two kernels."""
-    return {"pool": POOL_CONFIG, "value": value_config(dtype)}
+    return {"pool": pool_config(dtype, arch, B, N), "value": value_config(dtype, arch, B, N)}
 
 
-def attention_pool_configs(dtype: torch.dtype) -> list[dict[str, dict[str, int]]]:
-    """Candidates, the default first: the two kernels do not depend on each other, so one at a time differs from it."""
-    default = attention_pool_config(dtype)
-    pools = [
-        {"BLOCK_N": n, "BLOCK_K": k, "BLOCK_D": d, "num_warps": warps, "num_stages": stages}
-        for n, k, d, warps, stages in POOL_TILES
-    ]
-    values = [{"BLOCK_M": m, "BLOCK_K": k, "num_warps": 4, "num_stages": stages} for m, k, stages in VALUE_TILES]
-    return [default, *(default | {"pool": p} for p in pools), *(default | {"value": v} for v in values)]
+def attention_pool_configs(dtype: torch.dtype, arch: str, B: int, N: int) -> list[dict[str, dict[str, int]]]:
+    """Candidates, the default first; one kernel at a time differs from it."""
+    fp32, default = dtype == torch.float32, attention_pool_config(dtype, arch, B, N)
+    pools = [pool_tile(*tile) for tile in (FP32_POOL_TILES if fp32 else POOL_TILES)]
+    values = [value_tile(*tile) for tile in (FP32_VALUE_TILES if fp32 else VALUE_TILES)]
+    others = [*(default | {"pool": tile} for tile in pools), *(default | {"value": tile} for tile in values)]
+    return [default, *(config for config in others if config != default)]
 
 
 def attention_pool(
@@ -169,20 +215,26 @@ def attention_pool(
     config: dict[str, dict[str, int]] | None = None,
 ) -> torch.Tensor:
     """`[B, N, D]` → `[B, D]`."""
-    config = config or attention_pool_config(y.dtype)
-    pool, value = config["pool"], config["value"]
     B, N, D = y.shape
     H = scores_weight.shape[0]
+    config = config or attention_pool_config(y.dtype, gpu_arch(), B, N)
+    pool, value = config["pool"], dict(config["value"])
+    splits = triton.cdiv(N, pool["BLOCK_N"])
+    BLOCK_M = value.pop("BLOCK_M")
+    BLOCK_S = min(BLOCK_M, triton.next_power_of_2(splits))
+    IMAGES = BLOCK_M // BLOCK_S
     precision = input_precision(y.dtype)
     # 16-bit tokens are exact in TF32, so only S is rounded there (to 10 bits of mantissa).
     score_precision = precision if y.dtype == torch.float32 or torch.version.hip else "tf32"
-    pooled = torch.empty((B, H, D), dtype=y.dtype, device=y.device)
+    pooled = torch.empty((B, splits, H, D), dtype=y.dtype, device=y.device)
+    logsumexp = torch.empty((B, splits, H), dtype=torch.float32, device=y.device)
     out = torch.empty((B, D), dtype=y.dtype, device=y.device)
     with device_guard(y):
-        _pool_kernel[B, triton.cdiv(D, pool["BLOCK_D"])](
+        _pool_kernel[B, splits](
             y,
             scores_weight,
             pooled,
+            logsumexp,
             N,
             D=D,
             HEADS=H,
@@ -191,17 +243,20 @@ def attention_pool(
             BLOCK_H=max(16, triton.next_power_of_2(H)),
             **pool,
         )
-        _value_kernel[triton.cdiv(B, value["BLOCK_M"]), H](
+        _value_kernel[triton.cdiv(B, IMAGES), H, triton.cdiv(D // H, value["BLOCK_N"])](
             pooled,
+            logsumexp,
             value_weight,
             value_bias,
             out,
             B,
+            splits,
             D=D,
             HEADS=H,
             HEAD_DIM=D // H,
             INPUT_PRECISION=precision,
-            BLOCK_N=max(16, triton.next_power_of_2(D // H)),
+            IMAGES=IMAGES,
+            BLOCK_S=BLOCK_S,
             **value,
         )
     return out

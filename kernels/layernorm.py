@@ -15,7 +15,7 @@ from .moments import read_moments
 CONFIG = {"BLOCK_M": 8, "BLOCK_N": 256, "num_warps": 4}
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _layernorm_kernel(
     x_ptr,
     moments_ptr,

@@ -16,23 +16,65 @@ import triton
 import triton.language as tl
 
 from .gemm import (
+    default_config,
     device_guard,
     gelu_tanh,
-    gemm_config,
-    gemm_configs,
     gemm_grid,
     gemm_operands,
-    gemm_tile,
-    gpu_arch,
+    halves,
     input_precision,
     main_loop,
+    operands_at,
     tile_origin,
-    tma_configs,
 )
 from .moments import read_moments
+from .tiles import default_first, gemm_configs, gemm_default, gemm_tile, tma_configs
+
+PART_N = tl.constexpr(32)  # columns that an epilogue works on at once
 
 
 @triton.jit
+def _finish(
+    acc,
+    mean,
+    rstd,
+    colsum_ptr,
+    bias_ptr,
+    out_ptr,
+    row,
+    column,
+    M,
+    N: tl.constexpr,
+    CENTRED: tl.constexpr,
+    GELU: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Normalise, add the bias, apply GELU and store, PART_N columns at a time."""
+    if BLOCK_N > PART_N:
+        HALF: tl.constexpr = BLOCK_N // 2
+        left, right = halves(acc, BLOCK_M, BLOCK_N)
+        _finish(left, mean, rstd, colsum_ptr, bias_ptr, out_ptr, row, column, M, N, CENTRED, GELU, BLOCK_M, HALF)
+        _finish(
+            right, mean, rstd, colsum_ptr, bias_ptr, out_ptr, row, column + HALF, M, N, CENTRED, GELU, BLOCK_M, HALF,
+        )  # fmt: skip
+    else:
+        rows = row + tl.arange(0, BLOCK_M)
+        columns = column + tl.arange(0, BLOCK_N)
+        # [BLOCK_N]
+        bias = tl.load(bias_ptr + columns, mask=columns < N, other=0.0)
+        if not CENTRED:
+            colsum = tl.load(colsum_ptr + columns, mask=columns < N, other=0.0)
+            acc -= mean[:, None] * colsum[None, :]
+        # [BLOCK_M, BLOCK_N]
+        out = rstd[:, None] * acc + bias[None, :]
+        if GELU:
+            out = gelu_tanh(out)
+        mask = (rows[:, None] < M) & (columns[None, :] < N)
+        tl.store(out_ptr + rows[:, None] * N + columns[None, :], out.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["M"])
 def _layernorm_linear_kernel(
     x_ptr,
     moments_ptr,
@@ -52,27 +94,42 @@ def _layernorm_linear_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
     TMA: tl.constexpr = False,
+    PERSISTENT: tl.constexpr = False,
 ):
-    row, column = tile_origin(M, N, BLOCK_M, BLOCK_N, GROUP_M)
-    rows = row + tl.arange(0, BLOCK_M)
-    columns = column + tl.arange(0, BLOCK_N)
-    # [BLOCK_M]
-    mean, rstd = read_moments(moments_ptr, rows, M, K, eps)
-    # [BLOCK_M, BLOCK_N]
-    acc = main_loop(
-        x_ptr, w_ptr, row, column, M, N, K, K, INPUT_PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
-        mean if CENTRED else None, TMA=TMA,
-    )  # fmt: skip
-    # [BLOCK_N]
-    colsum = tl.load(colsum_ptr + columns, mask=columns < N, other=0.0)
-    bias = tl.load(bias_ptr + columns, mask=columns < N, other=0.0)
-    if not CENTRED:
-        acc -= mean[:, None] * colsum[None, :]
-    out = rstd[:, None] * acc + bias[None, :]
-    if GELU:
-        out = gelu_tanh(out)
-    mask = (rows[:, None] < M) & (columns[None, :] < N)
-    tl.store(out_ptr + rows[:, None] * N + columns[None, :], out.to(out_ptr.dtype.element_ty), mask=mask)
+    if PERSISTENT:
+        # One loop over the K blocks of all of this program's tiles: a loop a tile would drain its loads before the
+        # epilogue and fill them after it.
+        BLOCKS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
+        tiles = tl.cdiv(M, BLOCK_M) * ((N + BLOCK_N - 1) // BLOCK_N)
+        tile = tl.program_id(0) - tl.num_programs(0)
+        block = BLOCKS - 1
+        row = tl.cast(0, tl.int64)
+        column = 0
+        acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+        for _ in range(0, tl.cdiv(tiles - tl.program_id(0), tl.num_programs(0)) * BLOCKS):
+            block = tl.where(block == BLOCKS - 1, 0, block + 1)
+            if block == 0:
+                tile += tl.num_programs(0)
+                row, column = tile_origin(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
+            x, w = operands_at(x_ptr, w_ptr, row, column, block * BLOCK_K, M, N, K, BLOCK_M, BLOCK_N, BLOCK_K, TMA)
+            acc = tl.dot(x, w, acc, input_precision=INPUT_PRECISION)
+            if block == BLOCKS - 1:
+                mean, rstd = read_moments(moments_ptr, row + tl.arange(0, BLOCK_M), M, K, eps)
+                _finish(
+                    acc, mean, rstd, colsum_ptr, bias_ptr, out_ptr, row, column, M, N, CENTRED, GELU, BLOCK_M, BLOCK_N,
+                )  # fmt: skip
+            # Not in the branch, where ptxas would copy registers; linear_residual has none left for it to be here.
+            acc = tl.where(block == BLOCKS - 1, 0.0, acc)
+    else:
+        row, column = tile_origin(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
+        # [BLOCK_M]
+        mean, rstd = read_moments(moments_ptr, row + tl.arange(0, BLOCK_M), M, K, eps)
+        # [BLOCK_M, BLOCK_N]
+        acc = main_loop(
+            x_ptr, w_ptr, row, column, M, N, K, K, INPUT_PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+            mean if CENTRED else None, TMA=TMA,
+        )  # fmt: skip
+        _finish(acc, mean, rstd, colsum_ptr, bias_ptr, out_ptr, row, column, M, N, CENTRED, GELU, BLOCK_M, BLOCK_N)
 
 
 def layernorm_linear_configs(dtype: torch.dtype, arch: str, M: int, N: int, K: int) -> list[dict[str, int]]:
@@ -80,8 +137,7 @@ def layernorm_linear_configs(dtype: torch.dtype, arch: str, M: int, N: int, K: i
     configs, tma = gemm_configs(dtype, arch, M), tma_configs(dtype, arch, M, K)
     if dtype.itemsize == 2 and M > 64:  # moments leave no registers for so many rows in the other kernels
         configs.append(gemm_tile(256, 128, 64, 8, 3))
-        configs += [gemm_tile(256, 128, 64, 8, 3, TMA=True)] if tma else []
-    return configs + tma
+    return default_first(gemm_default(dtype, arch, M, N, K, tma=True), configs + tma)
 
 
 def layernorm_linear(
@@ -99,7 +155,7 @@ def layernorm_linear(
     M = x.numel() // K
     out = torch.empty((*x.shape[:-1], N), dtype=weight.dtype, device=x.device)
     with device_guard(x):
-        config = config or gemm_config(x.dtype, gpu_arch())
+        config = config or default_config(x, weight)
         x_operand, w_operand = gemm_operands(x, weight, config)
         _layernorm_linear_kernel[gemm_grid(M, N, config)](
             x_operand,

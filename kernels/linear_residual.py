@@ -9,27 +9,65 @@ so few rows that the tiles would not fill the GPU, the GEMM leaves fp32 sums ove
 (residual_epilogue.py) adds them up in order and does the rest: the same bits every time, which atomics do not give.
 """
 
+import math
+
 import torch
 import triton
 import triton.language as tl
 
 from .gemm import (
+    default_config,
     device_guard,
-    gemm_config,
-    gemm_configs,
     gemm_grid,
     gemm_operands,
-    gpu_arch,
+    halves,
     input_precision,
     main_loop,
+    multiprocessors,
+    operands_at,
     tile_origin,
-    tma_configs,
 )
-from .moments import empty_moments, write_moments
-from .residual_epilogue import residual_epilogue
+from .moments import MOMENT_BLOCK, empty_moments, write_moments
+from .residual_epilogue import residual_epilogue_into
+from .tiles import default_first, gemm_configs, gemm_default, split_tiles, tma_configs, whole_waves
 
 
 @triton.jit
+def _finish(
+    acc,
+    bias_ptr,
+    residual_ptr,
+    out_ptr,
+    moments_ptr,
+    row,
+    column,
+    M,
+    N: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    if BLOCK_N > MOMENT_BLOCK:
+        HALF: tl.constexpr = BLOCK_N // 2
+        left, right = halves(acc, BLOCK_M, BLOCK_N)
+        _finish(left, bias_ptr, residual_ptr, out_ptr, moments_ptr, row, column, M, N, HAS_RESIDUAL, BLOCK_M, HALF)
+        _finish(
+            right, bias_ptr, residual_ptr, out_ptr, moments_ptr, row, column + HALF, M, N, HAS_RESIDUAL, BLOCK_M, HALF
+        )
+    else:
+        rows = row + tl.arange(0, BLOCK_M)
+        columns = column + tl.arange(0, BLOCK_N)
+        mask = (rows[:, None] < M) & (columns[None, :] < N)
+        offsets = rows[:, None] * N + columns[None, :]
+        acc += tl.load(bias_ptr + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
+        if HAS_RESIDUAL:
+            acc += tl.load(residual_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        out = acc.to(out_ptr.dtype.element_ty)
+        tl.store(out_ptr + offsets, out, mask=mask)
+        write_moments(moments_ptr, out.to(tl.float32), rows, columns, M, N, BLOCK_M, BLOCK_N)
+
+
+@triton.jit(do_not_specialize=["M"])
 def _linear_residual_kernel(
     x_ptr,
     w_ptr,
@@ -48,42 +86,57 @@ def _linear_residual_kernel(
     GROUP_M: tl.constexpr,
     SPLIT_K: tl.constexpr = 1,
     TMA: tl.constexpr = False,
+    PERSISTENT: tl.constexpr = False,
 ):
     """With SPLIT_K > 1, out_ptr takes fp32 partial sums `[SPLIT_K, M, N]`, and the rest is left to the epilogue."""
-    row, column = tile_origin(M, N, BLOCK_M, BLOCK_N, GROUP_M)
-    rows = row + tl.arange(0, BLOCK_M)
-    columns = column + tl.arange(0, BLOCK_N)
-    # [BLOCK_M, BLOCK_N]
-    acc = main_loop(
-        x_ptr, w_ptr, row, column, M, N, K, K, INPUT_PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
-        SPLIT_K=SPLIT_K, TMA=TMA,
-    )  # fmt: skip
-    mask = (rows[:, None] < M) & (columns[None, :] < N)
-    offsets = rows[:, None] * N + columns[None, :]
-    if SPLIT_K > 1:
-        tl.store(out_ptr + tl.program_id(1).to(tl.int64) * M * N + offsets, acc, mask=mask)
+    if PERSISTENT:
+        # One loop over the K blocks of all of this program's tiles: a loop a tile would drain its loads before the
+        # epilogue and fill them after it.
+        BLOCKS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
+        tiles = tl.cdiv(M, BLOCK_M) * ((N + BLOCK_N - 1) // BLOCK_N)
+        tile = tl.program_id(0) - tl.num_programs(0)
+        block = BLOCKS - 1
+        row = tl.cast(0, tl.int64)
+        column = 0
+        acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+        for _ in range(0, tl.cdiv(tiles - tl.program_id(0), tl.num_programs(0)) * BLOCKS):
+            block = tl.where(block == BLOCKS - 1, 0, block + 1)
+            if block == 0:
+                tile += tl.num_programs(0)
+                row, column = tile_origin(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
+            x, w = operands_at(x_ptr, w_ptr, row, column, block * BLOCK_K, M, N, K, BLOCK_M, BLOCK_N, BLOCK_K, TMA)
+            acc = tl.dot(x, w, acc, input_precision=INPUT_PRECISION)
+            if block == BLOCKS - 1:
+                _finish(
+                    acc, bias_ptr, residual_ptr, out_ptr, moments_ptr, row, column, M, N, HAS_RESIDUAL,
+                    BLOCK_M, BLOCK_N,
+                )  # fmt: skip
+                acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
     else:
-        acc += tl.load(bias_ptr + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
-        if HAS_RESIDUAL:
-            acc += tl.load(residual_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-        out = acc.to(out_ptr.dtype.element_ty)
-        tl.store(out_ptr + offsets, out, mask=mask)
-        write_moments(moments_ptr, out.to(tl.float32), rows, columns, M, N, BLOCK_M, BLOCK_N)
+        row, column = tile_origin(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
+        # [BLOCK_M, BLOCK_N]
+        acc = main_loop(
+            x_ptr, w_ptr, row, column, M, N, K, K, INPUT_PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+            SPLIT_K=SPLIT_K, TMA=TMA,
+        )  # fmt: skip
+        if SPLIT_K > 1:
+            rows = row + tl.arange(0, BLOCK_M)
+            columns = column + tl.arange(0, BLOCK_N)
+            mask = (rows[:, None] < M) & (columns[None, :] < N)
+            offsets = rows[:, None] * N + columns[None, :]
+            tl.store(out_ptr + tl.program_id(1).to(tl.int64) * M * N + offsets, acc, mask=mask)
+        else:
+            _finish(
+                acc, bias_ptr, residual_ptr, out_ptr, moments_ptr, row, column, M, N, HAS_RESIDUAL, BLOCK_M, BLOCK_N
+            )  # fmt: skip
 
 
 def linear_residual_configs(dtype: torch.dtype, arch: str, M: int, N: int, K: int) -> list[dict[str, int]]:
     """Candidates for an `[M, K]` by `[N, K]` product, the default first."""
     configs, tma = gemm_configs(dtype, arch, M), tma_configs(dtype, arch, M, K)
-    # Of 64 rows or fewer: Triton 3.6 serializes the main loop of higher ones on sm_90.
-    small = [next(tile for tile in tiles if tile["BLOCK_M"] <= 64) for tiles in (configs[1:], tma) if tiles]
-    split = [
-        tile | {"SPLIT_K": splits}
-        for tile in small
-        for splits in (2, 4, 8)
-        # at most two waves on the 132 SMs of an H100, and two blocks of K or more for each program
-        if gemm_grid(M, N, tile)[0] * splits <= 264 and K >= 2 * splits * tile["BLOCK_K"]
-    ]
-    return configs + tma + split
+    # at most two waves on the 132 SMs of an H100
+    split = [tile for tile in split_tiles(configs[:3] + tma[:3], K) if math.prod(gemm_grid(M, N, tile)) <= 264]
+    return default_first(gemm_default(dtype, arch, M, N, K, tma=True, split=True), configs + tma + split)
 
 
 def linear_residual(
@@ -97,28 +150,38 @@ def linear_residual(
     N, K = weight.shape
     M = x.numel() // K
     dtype = x.dtype if residual is None else residual.dtype
+    out = torch.empty((*x.shape[:-1], N), dtype=dtype, device=x.device)
+    moments = empty_moments(M, N, x.device)
     with device_guard(x):
-        config = config or gemm_config(x.dtype, gpu_arch())
-        splits = config.get("SPLIT_K", 1)
-        if splits > 1:
-            out = torch.empty((splits, *x.shape[:-1], N), dtype=torch.float32, device=x.device)
-            moments = None
-        else:
-            out = torch.empty((*x.shape[:-1], N), dtype=dtype, device=x.device)
-            moments = empty_moments(M, N, x.device)
-        x_operand, w_operand = gemm_operands(x, weight, config)
-        _linear_residual_kernel[gemm_grid(M, N, config)](
-            x_operand,
-            w_operand,
-            bias,
-            residual,
-            out,
-            moments,
-            M,
-            N=N,
-            K=K,
-            HAS_RESIDUAL=residual is not None,
-            INPUT_PRECISION=input_precision(x.dtype),
-            **config,
-        )
-    return residual_epilogue(out, bias, residual, dtype) if splits > 1 else (out, moments)
+        config = dict(config or default_config(x, weight, split=True))
+        tail = config.pop("TAIL", None)
+        rows = whole_waves(config, multiprocessors(), M, N) if tail else M
+        for part, tile in ((slice(rows), config), (slice(rows, None), tail)):
+            of_x, of_residual, of_out = (None if t is None else t.view(M, -1)[part] for t in (x, residual, out))
+            if len(of_x):
+                _launch(of_x, weight, bias, of_residual, of_out, moments[part], tile)
+    return out, moments
+
+
+def _launch(x, weight, bias, residual, out, moments, config: dict[str, int]) -> None:
+    """Of `x [M, K]`, residual and out `[M, N]`."""
+    M, (N, K) = len(x), weight.shape
+    splits = config.get("SPLIT_K", 1)
+    x_operand, w_operand = gemm_operands(x, weight, config)
+    sums = torch.empty((splits, M, N), dtype=torch.float32, device=x.device) if splits > 1 else out
+    _linear_residual_kernel[gemm_grid(M, N, config)](
+        x_operand,
+        w_operand,
+        bias,
+        residual,
+        sums,
+        None if splits > 1 else moments,
+        M,
+        N=N,
+        K=K,
+        HAS_RESIDUAL=residual is not None,
+        INPUT_PRECISION=input_precision(x.dtype),
+        **config,
+    )
+    if splits > 1:
+        residual_epilogue_into(sums, bias, residual, out, moments)

@@ -22,12 +22,16 @@ def write_moments(moments_ptr, x, rows, columns, M, D: tl.constexpr, BLOCK_M: tl
     x = tl.reshape(x, [BLOCK_M, BLOCKS, MOMENT_BLOCK])
     # [BLOCKS]
     block = tl.min(columns, axis=0) // MOMENT_BLOCK + tl.arange(0, BLOCKS)
-    count = tl.minimum(D - block * MOMENT_BLOCK, MOMENT_BLOCK)
-    # [1, BLOCKS, 64]
-    inside = (tl.arange(0, MOMENT_BLOCK)[None, :] < count[:, None])[None, :, :]
     # [BLOCK_M, BLOCKS]
-    mean = tl.sum(tl.where(inside, x, 0.0), axis=2) / tl.maximum(count, 1)[None, :].to(tl.float32)
-    deviation = tl.where(inside, x - mean[:, :, None], 0.0)
+    if ROW_BLOCKS * MOMENT_BLOCK == D:
+        mean = tl.sum(x, axis=2) * (1.0 / MOMENT_BLOCK)
+        deviation = x - mean[:, :, None]
+    else:
+        count = tl.minimum(D - block * MOMENT_BLOCK, MOMENT_BLOCK)
+        # [1, BLOCKS, 64]
+        inside = (tl.arange(0, MOMENT_BLOCK)[None, :] < count[:, None])[None, :, :]
+        mean = tl.sum(tl.where(inside, x, 0.0), axis=2) / tl.maximum(count, 1)[None, :].to(tl.float32)
+        deviation = tl.where(inside, x - mean[:, :, None], 0.0)
     m2 = tl.sum(deviation * deviation, axis=2)
     ptrs = moments_ptr + rows[:, None] * (2 * ROW_BLOCKS) + block[None, :]
     mask = (rows[:, None] < M) & (block[None, :] < ROW_BLOCKS)

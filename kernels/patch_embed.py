@@ -12,11 +12,12 @@ import torch
 import triton
 import triton.language as tl
 
-from .gemm import device_guard, gemm_config, gemm_configs, gemm_grid, gpu_arch, input_precision, tile_origin
+from .gemm import device_guard, gemm_grid, gpu_arch, input_precision, tile_origin
 from .moments import empty_moments, write_moments
+from .tiles import default_first, gemm_configs, gemm_default
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "tokens", "grid_w"])
 def _patch_embed_kernel(
     pixels_ptr,
     w_ptr,
@@ -41,7 +42,7 @@ def _patch_embed_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    first_row, first_column = tile_origin(M, D, BLOCK_M, BLOCK_N, GROUP_M)
+    first_row, first_column = tile_origin(tl.program_id(0), M, D, BLOCK_M, BLOCK_N, GROUP_M)
     rows = first_row + tl.arange(0, BLOCK_M)
     columns = first_column + tl.arange(0, BLOCK_N)
     row = tl.minimum(rows, M - 1)
@@ -70,9 +71,9 @@ def _patch_embed_kernel(
     write_moments(moments_ptr, out.to(tl.float32), rows, columns, M, D, BLOCK_M, BLOCK_N)
 
 
-def patch_embed_configs(dtype: torch.dtype, arch: str, M: int) -> list[dict[str, int]]:
+def patch_embed_configs(dtype: torch.dtype, arch: str, M: int, D: int, K: int) -> list[dict[str, int]]:
     """Candidates for M patches, the default first."""
-    return gemm_configs(dtype, arch, M)
+    return default_first(gemm_default(dtype, arch, M, D, K), gemm_configs(dtype, arch, M))
 
 
 def patch_embed(
@@ -92,7 +93,7 @@ def patch_embed(
     out = torch.empty((B, N, D), dtype=position.dtype, device=weight.device)
     moments = empty_moments(B * N, D, weight.device)
     with device_guard(pixel_values):
-        config = config or gemm_config(weight.dtype, gpu_arch())
+        config = config or gemm_default(weight.dtype, gpu_arch(), B * N, D, K)
         _patch_embed_kernel[gemm_grid(B * N, D, config)](
             pixel_values,
             weight,

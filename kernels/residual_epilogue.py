@@ -16,7 +16,7 @@ from .gemm import device_guard
 from .moments import empty_moments, write_moments
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _residual_epilogue_kernel(
     partials_ptr,
     bias_ptr,
@@ -57,11 +57,22 @@ def residual_epilogue(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`[S, ..., N]` → `[..., N]` in `dtype` and its moments. Where there is nothing to do, out is partials[0] itself."""
     S, N = partials.shape[0], partials.shape[-1]
-    M = partials.numel() // (S * N)
     finished = S == 1 and partials.dtype == dtype and bias is None and residual is None
     out = None if finished else torch.empty(partials.shape[1:], dtype=dtype, device=partials.device)
-    moments = empty_moments(M, N, partials.device)
+    moments = empty_moments(partials.numel() // (S * N), N, partials.device)
+    residual_epilogue_into(partials, bias, residual, out, moments)
+    return partials[0] if finished else out, moments
+
+
+def residual_epilogue_into(
+    partials: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    out: torch.Tensor | None,
+    moments: torch.Tensor,
+) -> None:
+    """The same into tensors that are there; no out where there is nothing to do."""
+    M, N = len(moments), partials.shape[-1]
     grid = (triton.cdiv(M, CONFIG["BLOCK_M"]), triton.cdiv(N, CONFIG["BLOCK_N"]))
     with device_guard(partials):
-        _residual_epilogue_kernel[grid](partials, bias, residual, out, moments, M, N=N, SPLITS=S, **CONFIG)
-    return partials[0] if finished else out, moments
+        _residual_epilogue_kernel[grid](partials, bias, residual, out, moments, M, N=N, SPLITS=len(partials), **CONFIG)

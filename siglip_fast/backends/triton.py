@@ -8,14 +8,16 @@ from typing import Any
 
 import torch
 
-from siglip_fast.kernels.attention import attention as _attention
-from siglip_fast.kernels.attention_pool import attention_pool as _attention_pool
-from siglip_fast.kernels.layernorm import layernorm as _layernorm
-from siglip_fast.kernels.layernorm_linear import layernorm_linear as _layernorm_linear
-from siglip_fast.kernels.linear_residual import linear_residual as _linear_residual
-from siglip_fast.kernels.patch_embed import patch_embed as _patch_embed
+from siglip_fast.kernels.attention import attention
+from siglip_fast.kernels.attention_pool import attention_pool
+from siglip_fast.kernels.gemm import gpu_arch
+from siglip_fast.kernels.layernorm import layernorm
+from siglip_fast.kernels.layernorm_linear import layernorm_linear
+from siglip_fast.kernels.linear_residual import linear_residual
+from siglip_fast.kernels.patch_embed import patch_embed
 
 from . import vendor
+from .ahead import DEFAULTS, Loader
 from .choice import DEFAULT, Choice
 from .select import is_for_graph
 from .torch import pack
@@ -29,66 +31,118 @@ class Backend:
     def __init__(self, selection_on: Callable[[torch.device], Any] | None = None):
         self._selection_on = selection_on
         self._selections: dict[torch.device, Any] = {}  # loaded when a device is first met
+        self._loader = Loader()
 
     @classmethod
     def fixed(cls, choice: Choice) -> "Backend":
         """The operations by this choice whatever their shape, as tuning measures them."""
         backend = cls()
-        backend._choice = lambda *_: choice
+        backend._run = lambda name, dims, tensor, rows, few, args: RUN[name](choice, *args)
         return backend
 
     def patch_embed(self, pixel_values, patch, position):
-        weight, bias, patch_size, scale, _ = patch
-        dims = (*weight.shape, patch_size, len(position))
-        choice = self._choice("patch_embed", dims, weight, len(pixel_values) * len(position))
-        if choice.route != "triton" and pixel_values.dtype != torch.uint8:  # bytes only our kernel reads
-            return vendor.patch_embed(pixel_values, patch, position)
-        return _patch_embed(pixel_values, weight, bias, position, patch_size, scale, choice.config)
+        dims = (*patch.weight.shape, patch.patch_size, len(position))
+        rows, few = len(pixel_values) * len(position), lambda: (pixel_values[:1], patch, position)
+        return self._run("patch_embed", dims, patch.weight, rows, few, (pixel_values, patch, position))
 
     def layernorm_linear(self, hidden_states, moments, linear, gelu):
-        weight, colsum, bias, eps, _ = linear
-        rows = hidden_states.numel() // weight.shape[1]
-        choice = self._choice("layernorm_linear", (*weight.shape, gelu), hidden_states, rows)
-        if choice.route != "triton":
-            return vendor.layernorm_linear(hidden_states, moments, linear, gelu)
-        config = _fitting(choice.config, hidden_states, weight)
-        return _layernorm_linear(hidden_states, moments, weight, colsum, bias, eps, gelu, config)
+        K = linear.weight.shape[1]
+        rows, few = hidden_states.numel() // K, lambda: (hidden_states.view(-1, K)[:1], moments[:1], linear, gelu)
+        args = (hidden_states, moments, linear, gelu)
+        return self._run("layernorm_linear", (*linear.weight.shape, gelu), hidden_states, rows, few, args)
 
     def attention(self, qkv):
-        B, N, _, H, d = qkv.shape
-        choice = self._choice("attention", (N, H, d), qkv, B)
-        return _attention(qkv, choice.config) if choice.route == "triton" else vendor.attention(qkv, choice.route)
+        B, *dims = qkv.shape[:2] + qkv.shape[3:]
+        return self._run("attention", tuple(dims), qkv, B, lambda: (qkv[:1],), (qkv,))
 
     def linear_residual(self, x, linear, residual):
-        weight, bias, _ = linear
-        dims = (*weight.shape, residual is not None)
-        choice = self._choice("linear_residual", dims, x, x.numel() // weight.shape[1])
-        if choice.route != "triton":
-            return vendor.linear_residual(x, linear, residual)
-        return _linear_residual(x, weight, bias, residual, _fitting(choice.config, x, weight))
+        N, K = linear.weight.shape
+        dims = (N, K, residual is not None)
+        few = lambda: (x.view(-1, K)[:1], linear, None if residual is None else residual.view(-1, N)[:1])  # noqa: E731
+        return self._run("linear_residual", dims, x, x.numel() // K, few, (x, linear, residual))
 
     def layernorm(self, hidden_states, moments, norm):
         D = hidden_states.shape[-1]
-        choice = self._choice("layernorm", (D,), hidden_states, hidden_states.numel() // D)
-        if choice.route != "triton":
-            return vendor.layernorm(hidden_states, moments, norm)
-        return _layernorm(hidden_states, moments, *norm, choice.config)
+        rows, few = hidden_states.numel() // D, lambda: (hidden_states.view(-1, D)[:1], moments[:1], norm)
+        return self._run("layernorm", (D,), hidden_states, rows, few, (hidden_states, moments, norm))
 
     def attention_pool(self, hidden_states, pool):
         B, N, D = hidden_states.shape
-        choice = self._choice("attention_pool", (N, D, len(pool.scores)), hidden_states, B)
-        if choice.route != "triton":
-            return vendor.attention_pool(hidden_states, pool)
-        return _attention_pool(hidden_states, pool.scores, pool.value.weight, pool.value.bias, choice.config)
+        few = lambda: (hidden_states[:1], pool)  # noqa: E731
+        return self._run("attention_pool", (N, D, len(pool.scores)), hidden_states, B, few, (hidden_states, pool))
 
-    def _choice(self, name: str, dims: tuple[int, ...], tensor: torch.Tensor, rows: int) -> Choice:
-        if self._selection_on is None:
-            return DEFAULT
-        selection = self._selections.get(tensor.device)
-        if selection is None:
-            selection = self._selections[tensor.device] = self._selection_on(tensor.device)
+    def _run(self, name: str, dims: tuple[int, ...], tensor: torch.Tensor, rows: int, few: Callable, args: tuple):
+        """By the choice for so many rows; before the first time, `few()` by every one that there is for any number."""
+        selection = self._selection(tensor.device)
         launch = "graph" if is_for_graph() else "eager"
-        return selection.choice(name, dims, tensor.dtype, rows, launch)
+        choice = selection.choice(name, dims, tensor.dtype, rows, launch) if selection else DEFAULT
+        key = (name, dims, tensor.dtype, tensor.device, args[0].dtype)
+        self._loader.load(
+            key, tensor, lambda: _choices(name, dims, tensor.dtype, selection), lambda each: RUN[name](each, *few())
+        )
+        return RUN[name](choice, *args)
+
+    def _selection(self, device: torch.device) -> Any:
+        if self._selection_on is None:
+            return None
+        selection = self._selections.get(device)
+        if selection is None:
+            selection = self._selections[device] = self._selection_on(device)
+        return selection
+
+
+def _choices(name: str, dims: tuple[int, ...], dtype: torch.dtype, selection: Any) -> list[Choice]:
+    """All that an operation may run by, whatever the number of rows."""
+    measured = selection.choices(name, dims, dtype) if selection else []
+    return [DEFAULT, *measured, *(Choice("triton", config) for config in DEFAULTS[name](dims, dtype, gpu_arch()))]
+
+
+def _run_patch_embed(choice, pixel_values, patch, position):
+    weight, bias, patch_size, scale, _ = patch
+    if choice.route != "triton" and pixel_values.dtype != torch.uint8:  # bytes only our kernel reads
+        return vendor.patch_embed(pixel_values, patch, position)
+    return patch_embed(pixel_values, weight, bias, position, patch_size, scale, choice.config)
+
+
+def _run_layernorm_linear(choice, hidden_states, moments, linear, gelu):
+    weight, colsum, bias, eps, _ = linear
+    if choice.route != "triton":
+        return vendor.layernorm_linear(hidden_states, moments, linear, gelu)
+    config = _fitting(choice.config, hidden_states, weight)
+    return layernorm_linear(hidden_states, moments, weight, colsum, bias, eps, gelu, config)
+
+
+def _run_attention(choice, qkv):
+    return attention(qkv, choice.config) if choice.route == "triton" else vendor.attention(qkv, choice.route)
+
+
+def _run_linear_residual(choice, x, linear, residual):
+    weight, bias, _ = linear
+    if choice.route != "triton":
+        return vendor.linear_residual(x, linear, residual)
+    return linear_residual(x, weight, bias, residual, _fitting(choice.config, x, weight))
+
+
+def _run_layernorm(choice, hidden_states, moments, norm):
+    if choice.route != "triton":
+        return vendor.layernorm(hidden_states, moments, norm)
+    return layernorm(hidden_states, moments, *norm, choice.config)
+
+
+def _run_attention_pool(choice, hidden_states, pool):
+    if choice.route != "triton":
+        return vendor.attention_pool(hidden_states, pool)
+    return attention_pool(hidden_states, pool.scores, pool.value.weight, pool.value.bias, choice.config)
+
+
+RUN = {
+    "patch_embed": _run_patch_embed,
+    "layernorm_linear": _run_layernorm_linear,
+    "attention": _run_attention,
+    "linear_residual": _run_linear_residual,
+    "layernorm": _run_layernorm,
+    "attention_pool": _run_attention_pool,
+}
 
 
 def _fitting(config: dict | None, *operands: torch.Tensor) -> dict | None:

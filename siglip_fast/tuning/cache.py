@@ -162,6 +162,12 @@ class Selection:
             found = self._memo[key] = self._find(Operation(name, dims, dtype), rows, launch)
         return found
 
+    def choices(self, name: str, dims: tuple[int, ...], dtype: torch.dtype) -> list[Choice]:
+        """Those for any number of rows, however they are launched."""
+        entries = self._entries.get(str(Operation(name, dims, dtype)), {}).values()
+        found = [entry[launch] for entry in entries for launch in LAUNCHES]
+        return [Choice(entry["route"], entry["config"]) for entry in found if entry["route"]]
+
     def reason(self, operation: Operation, rows: int, launch: str) -> str:
         """Why `choice` answers as it does, in words."""
         entry = self._nearest(operation, rows)

@@ -28,12 +28,12 @@ def candidates(case: Case) -> list[Choice]:
     (name, dims, dtype), rows = case
     arch = gpu_arch()
     configs = {
-        "patch_embed": lambda: patch_embed_configs(dtype, arch, rows),
+        "patch_embed": lambda: patch_embed_configs(dtype, arch, rows, *dims[:2]),
         "layernorm_linear": lambda: layernorm_linear_configs(dtype, arch, rows, *dims[:2]),
-        "attention": lambda: attention_configs(dtype, dims[2], arch),
+        "attention": lambda: attention_configs(dtype, arch, rows, *dims),
         "linear_residual": lambda: linear_residual_configs(dtype, arch, rows, *dims[:2]),
         "layernorm": layernorm_configs,
-        "attention_pool": lambda: attention_pool_configs(dtype),
+        "attention_pool": lambda: attention_pool_configs(dtype, arch, rows, dims[0]),
     }[name]()
     # The default as such, not its figures: the cache then says that it won.
     return [DEFAULT, *(Choice("triton", config) for config in configs[1:]), *map(Choice, vendor.routes(name))]

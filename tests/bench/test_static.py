@@ -88,10 +88,11 @@ def launches(operation):
                 yield lambda: layernorm.layernorm(x, m, empty(D), empty(D), 1e-6, config)
         if operation == "attention_pool":
             weights = empty(H, D, dtype=f32), empty(D, D), empty(D)
-            for config in attention_pool.attention_pool_configs(dtype):
-                yield lambda: attention_pool.attention_pool(x, *weights, config)
+            images = empty(M, N, D)
+            for config in attention_pool.attention_pool_configs(dtype, "sm_90", M, N):
+                yield lambda: attention_pool.attention_pool(images, *weights, config)
     if operation == "patch_embed":
-        for config in patch_embed.patch_embed_configs(dtype, "sm_90", N):
+        for config in patch_embed.patch_embed_configs(dtype, "sm_90", N, D, 588):
             pixels, position = empty(1, 3, 384, 384), empty(N, D)
             yield lambda: patch_embed.patch_embed(pixels, empty(D, 588), empty(D), position, 14, config=config)
     if operation == "attention":

@@ -26,6 +26,7 @@ _EPILOGUE = "tests/kernels/test_residual_epilogue.py -k 'triton and bf16 and"
 _UINT8 = "tests/running/test_uint8.py -k 'TestOperation and accuracy and bf16"
 _NORMED = "tests/kernels/test_layernorm_linear.py -k 'triton and"
 
+_POOL = "tests/kernels/test_attention_pool.py -k 'triton and bf16 and"
 _STREAM = "tests/kernels/test_float32_stream.py -k 'triton and bf16 and"
 
 MUTANTS = {
@@ -300,18 +301,42 @@ MUTANTS = {
         "kernels/attention_pool.py",
         'tl.where(tokens[None, :] < N, scores * 1.4426950408889634, float("-inf"))',
         "scores * 1.4426950408889634",
-        "tests/kernels/test_attention_pool.py -k 'triton and bf16 and phantom'",
+        f"{_POOL} phantom'",
     ),
     "pool-softmax-in-the-wrong-base": Mutant(
-        "kernels/attention_pool.py",
-        "scores * 1.4426950408889634",
-        "scores",
-        "tests/kernels/test_attention_pool.py -k 'triton and bf16 and more-images'",
+        "kernels/attention_pool.py", "scores * 1.4426950408889634", "scores", f"{_POOL} more-images'"
     ),
     "pool-value-bias-of-the-first-head": Mutant(
         "kernels/attention_pool.py",
-        "bias_ptr + head * HEAD_DIM + columns",
-        "bias_ptr + columns",
-        "tests/kernels/test_attention_pool.py -k 'triton and bf16 and more-images'",
+        "bias_ptr + head * HEAD_DIM + column,",
+        "bias_ptr + column,",
+        f"{_POOL} more-images'",
+    ),
+    "pool-last-token-for-those-that-are-not-there": Mutant(
+        "kernels/attention_pool.py",
+        "tl.where(tokens[None, :] < N,",
+        "tl.where(tokens[None, :] < N + BLOCK_N,",
+        f"{_POOL} counts_once and 33'",
+    ),
+    "pool-last-split-for-those-that-are-not-there": Mutant(
+        "kernels/attention_pool.py",
+        'tl.where(split < splits, tl.load(logsumexp_ptr + row), float("-inf"))',
+        "tl.load(logsumexp_ptr + row)",
+        f"{_POOL} counts_once and 33'",
+    ),
+    "pool-splits-merged-by-their-maximum-alone": Mutant(
+        "kernels/attention_pool.py", "head_max + tl.log2(head_sum)", "head_max", f"{_POOL} counts_once and 33'"
+    ),
+    "pool-splits-averaged": Mutant(
+        "kernels/attention_pool.py",
+        "weight = tl.exp2(logsumexp - new_max[:, None])",
+        'weight = tl.where(logsumexp > float("-inf"), 1.0, 0.0)',
+        f"{_POOL} merged and 33'",
+    ),
+    "pool-splits-of-before-not-rescaled": Mutant(
+        "kernels/attention_pool.py",
+        "out = out * alpha[:, None] + tl.sum(",
+        "out = out + tl.sum(",
+        f"{_POOL} merged and 261'",
     ),
 }

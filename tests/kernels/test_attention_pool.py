@@ -5,6 +5,7 @@ import copy
 import pytest
 import reference
 import torch
+from siglip_fast.kernels.attention_pool import attention_pool_config
 from torch import nn
 from transformers import SiglipVisionConfig
 from transformers.models.siglip.modeling_siglip import SiglipMultiheadAttentionPoolingHead
@@ -58,3 +59,39 @@ def test_a_phantom_token_would_dominate(dtype, backend, device):
     y = torch.randn(2, 37, 128).to(device) * 0.1 - 40 * scores.mean(0) / scores.mean(0).norm()
     assert (y.float() @ scores.T).max() < -4
     check(head, y.to(dtype), backend)
+
+
+def scores_weight(head, backend):
+    return Maker(Ops(backend), torch.float32, tokens=1).head(head).pool.scores
+
+
+@pytest.mark.parametrize("N", [33, 261])
+def test_splits_are_merged(N, dtype, backend, device):
+    """In one image the first of them dominates, in one the last, which is ragged, and in one none does."""
+    splits_and_slots(N, dtype)
+    torch.manual_seed(N)
+    head = make(128, 2, dtype, device)
+    scores = scores_weight(head, backend).mean(0).cpu()
+    ramp = torch.tensor([-8.0, 8.0, 0.0])[:, None] * torch.linspace(-1, 1, N) ** 9  # steep at its ends
+    y = torch.randn(3, N, 128) * 0.5 + ramp[:, :, None] * scores / scores.square().sum()
+    check(head, y.to(device, dtype), backend)
+
+
+@pytest.mark.parametrize("N", [33, 261])
+def test_the_last_token_counts_once(N, dtype, backend, device):
+    """Copies of it stand in for tokens and splits that are not there, and it dwarfs all others."""
+    splits_and_slots(N, dtype)
+    torch.manual_seed(N)
+    head = make(128, 2, dtype, device)
+    scores = scores_weight(head, backend).cpu()
+    last = torch.randn(128)
+    last -= torch.linalg.pinv(scores) @ (scores @ last)  # all scores are around its 0
+    y = torch.randn(2, N, 128) * 0.1
+    y[:, -1] = 100 * last
+    check(head, y.to(device, dtype), backend)
+
+
+def splits_and_slots(N, dtype):
+    """33: 3 splits where the value projection has place for 4; 261: 17, one more than it takes at a time."""
+    config = attention_pool_config(dtype, "", 3, N)
+    assert (config["pool"]["BLOCK_N"], config["value"]["BLOCK_M"]) == (16, 16)

@@ -54,8 +54,8 @@ def test_linear_residual(M, K, N, dtype, backend, device):
 
 def test_split_k(dtype, device):
     """The partial sums of the configurations with SPLIT_K get the residual in another kernel."""
-    from siglip_fast.kernels.gemm import gemm_tile
     from siglip_fast.kernels.linear_residual import linear_residual
+    from siglip_fast.kernels.tiles import gemm_tile
 
     if dtype == torch.bfloat16 and device == "cpu":
         pytest.skip("Triton's interpreter multiplies bf16 wrongly: run under ttsem or on a GPU")

@@ -5,8 +5,8 @@ import sys
 import pytest
 import reference
 import torch
-from siglip_fast.kernels.gemm import gemm_config
 from siglip_fast.kernels.linear_residual import linear_residual
+from siglip_fast.kernels.tiles import gemm_default
 from torch.nn import functional as F
 
 from siglip_fast.ops import Linear, Ops
@@ -73,8 +73,8 @@ def test_the_tile_of_gfx11(dtype, backend, device):
     torch.manual_seed(0)
     x, residual = torch.randn(131, 136).to(device, dtype), torch.randn(131, 200).to(device, dtype)
     weight, bias = torch.randn(200, 136).to(device, dtype), torch.randn(200).to(device, dtype)
-    tile = gemm_config(dtype, "gfx1100")
-    assert tile != gemm_config(dtype, "sm_90")
+    tile = gemm_default(dtype, "gfx1100", 131, 200, 136)
+    assert tile != gemm_default(dtype, "gfx942", 131, 200, 136)
     out, _ = linear_residual(x, weight, bias, residual, tile)
     same_dtype = F.linear(x, weight, bias) + residual
     reference.assert_accurate(out, reference.linear(x, weight, bias) + residual.double(), same_dtype)

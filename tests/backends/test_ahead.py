@@ -1,0 +1,89 @@
+"""What one forward has compiled is enough for every batch size. In processes of their own, for sm_90: here Triton interprets."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from siglip_fast.backends import ahead
+from siglip_fast.backends.choice import DEFAULT, Choice
+
+pytest.importorskip("cuxray")  # which bench/static.py reads machine code with
+BENCH = Path(__file__).parents[2] / "bench"
+
+# Nothing is launched or loaded: every launch asks for the compiled kernel only.
+CODE = """
+import sys, torch
+from static import forward, launches_of
+from siglip_fast.backends import ahead
+ahead.applies = lambda tensor: sys.argv[2] == "ahead"
+
+with launches_of("sm_90") as launches:
+    for batch in map(int, sys.argv[3:]):
+        forward(sys.argv[1], torch.bfloat16, batch)
+        kernels = {kernel for *_, kernel in launches}
+        if batch == int(sys.argv[3]):
+            first = kernels
+    print(len(first), len(kernels - first))
+"""
+
+
+def counts(*arguments: str) -> tuple[int, int]:
+    """Kernels that the first of some batch sizes compiled, and how many more the others did."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(BENCH)}
+    command = [sys.executable, "-c", CODE, *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    first, more = map(int, done.stdout.split())
+    return first, more
+
+
+BATCHES = ("3", "1", "2", "4", "8", "16", "17", "64", "100", "256", "1000")
+
+
+def test_the_first_forward_compiles_all():
+    first, more = counts("base-patch16-224", "ahead", *BATCHES)
+    assert first > 20 and more == 0
+
+
+def test_without_it_others_would_be_compiled_later():
+    first, more = counts("base-patch16-224", "later", "3", "1", "64")
+    assert first < 20 and more > 5
+
+
+@pytest.fixture
+def loader(monkeypatch):
+    monkeypatch.setattr(ahead, "applies", lambda tensor: True)
+    return ahead.Loader()
+
+
+def test_once_for_an_operation(loader):
+    ran = []
+    choices = [DEFAULT, Choice("triton", {"BLOCK_M": 1}), Choice("vendor"), DEFAULT]
+    for key in ("a", "a", "b"):
+        loader.load((key,), torch.empty(1), lambda: choices, ran.append)
+    assert sorted(map(str, ran)) == sorted(2 * ["triton", "triton M=1", "vendor"])
+
+
+def test_what_does_not_run_stops_nothing(loader):
+    def run(choice):
+        if choice is DEFAULT:
+            raise RuntimeError("out of shared memory")
+        ran.append(choice)
+
+    ran = []
+    loader.load(("a",), torch.empty(1), lambda: [DEFAULT, Choice("vendor")], run)
+    assert ran == [Choice("vendor")]
+
+
+def test_nothing_during_a_capture(loader, monkeypatch):
+    ran = []
+    monkeypatch.setattr(ahead, "is_capturing", lambda tensor: True)
+    loader.load(("a",), torch.empty(1), lambda: [DEFAULT], ran.append)
+    monkeypatch.setattr(ahead, "is_capturing", lambda tensor: False)
+    assert not ran
+    loader.load(("a",), torch.empty(1), lambda: [DEFAULT], ran.append)
+    assert ran == [DEFAULT]
