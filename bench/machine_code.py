@@ -93,16 +93,20 @@ class _Loop(NamedTuple):
         opcodes: dict[str, Counter],
         waiting: dict[str, int],
     ) -> "_Loop":
+        after: dict[str, list[str]] = {block: [] for block in loop}
+        for source, target in edges:
+            if source in loop and target in loop:
+                after[source].append(target)
+
         def comes_round_without(block: str) -> bool:
-            reached, todo = {header}, [header]
+            reached, todo = {header, block}, [header]
             while todo:
-                here = todo.pop()
-                for source, target in edges:
-                    if source == here and target == header:
-                        return True
-                    if source == here and target in loop - reached - {block}:
-                        reached.add(target)
-                        todo.append(target)
+                following = after[todo.pop()]
+                if header in following:
+                    return True
+                new = set(following) - reached
+                reached |= new
+                todo += new
             return False
 
         # Blackwell's products stand in a branch, which one thread of all takes in every pass.

@@ -1,7 +1,8 @@
 """Markdown, JSON, CSV and plots of benchmark results: `python bench/report.py RESULTS.json… --out FOLDER`.
 
 RESULTS.json are what `pytest bench/test_model.py --benchmark-json RESULTS.json` and the same of bench/test_kernels.py
-wrote. A file that is not there, or holds nothing, is named; what the others hold is reported.
+wrote. A file that is not there, or holds nothing, is named; what the others hold is reported. What was measured on an
+H200 is set beside docs/predictions.json.
 """
 
 import argparse
@@ -11,11 +12,15 @@ import json
 import sys
 from pathlib import Path
 
+import beside
 import plots
 import results
 import tables
 
 from siglip_fast.files import atomic
+from siglip_fast.tuning.cache import source_hash
+
+PREDICTIONS = Path(__file__).resolve().parents[1] / "docs" / "predictions.json"
 
 
 def write(path: Path, text: str) -> None:
@@ -40,7 +45,8 @@ def main() -> int:
     table.writeheader()
     table.writerows(flat)
     write(arguments.out / "results.csv", sheet.getvalue())
-    text = tables.markdown(measured, wrong, plots.draw(measured, arguments.out))
+    predicted = beside.section(measured, beside.load(PREDICTIONS), source_hash())
+    text = tables.markdown(measured, wrong, predicted, plots.draw(measured, arguments.out))
     write(arguments.out / "README.md", text)
     print(text)
     return 1 if wrong else 0

@@ -16,7 +16,8 @@ TARGETS = {
 TARGET_PEERS = ("stock sdpa", "torch.compile, max-autotune")
 
 
-def markdown(results: list[dict], wrong: list[str], pictures: list[str]) -> str:
+def markdown(results: list[dict], wrong: list[str], predicted: list[str], pictures: list[str]) -> str:
+    """`predicted` is the section about the predictions, of bench/beside.py."""
     models = [r for r in results if r["kind"] == "model"]
     kernels = [r for r in results if r["kind"] == "kernel"]
     lines = ["# Benchmark", "", "Written by `python bench/report.py`, which bench/run_gpu.sh runs.", ""]
@@ -27,6 +28,7 @@ def markdown(results: list[dict], wrong: list[str], pictures: list[str]) -> str:
         lines += ["", "## Agreement", "", _AGREEMENT, "", *errors(models)]
     if kernels:
         lines += ["", "## The operations", "", _KERNELS, *kernel_tables(kernels)]
+    lines += predicted
     for picture in pictures:
         lines += ["", f"![{picture.removesuffix('.png').replace('_', ' ')}]({picture})"]
     if lacking := missing(models) + missing(kernels):

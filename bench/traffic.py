@@ -18,7 +18,8 @@ from the meta device, or may do either:
 **siglip_fast** is its forward on the triton backend. Every Triton launch is recorded instead of run, with the tensors
 that it is given; a torch operator in between would count as it does for stock. A program of the pooling kernel reads
 its tokens twice, for their scores and for their sums, and all score weights: the row "with rereads" counts all of
-these, as if no cache had caught any.
+these, as if no cache had caught any. Tiles are those for a GPU without figures: where a Hopper's split K or leave a tail of rows
+(kernels/tiles.py), that is one or two launches more.
 
 **The fused minimum** is that of the layers alone: each of the five operations of a layer reads its activations, and
 the residual if it adds one, and writes its result, once. **Targets**, for the row with rereads: at most 5 launches a

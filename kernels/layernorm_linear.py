@@ -21,6 +21,7 @@ from .gemm import (
     gelu_tanh,
     gemm_grid,
     gemm_operands,
+    gpu_arch,
     halves,
     input_precision,
     main_loop,
@@ -95,7 +96,10 @@ def _layernorm_linear_kernel(
     GROUP_M: tl.constexpr,
     TMA: tl.constexpr = False,
     PERSISTENT: tl.constexpr = False,
+    SELECT: tl.constexpr = True,
 ):
+    """SELECT: how a persistent program clears its sums. In a branch ptxas for Hopper copies registers, which costs 2 % of
+    fc1; Triton for Blackwell fails on the selection; and linear_residual has no register left for it."""
     if PERSISTENT:
         # One loop over the K blocks of all of this program's tiles: a loop a tile would drain its loads before the
         # epilogue and fill them after it.
@@ -118,8 +122,10 @@ def _layernorm_linear_kernel(
                 _finish(
                     acc, mean, rstd, colsum_ptr, bias_ptr, out_ptr, row, column, M, N, CENTRED, GELU, BLOCK_M, BLOCK_N,
                 )  # fmt: skip
-            # Not in the branch, where ptxas would copy registers; linear_residual has none left for it to be here.
-            acc = tl.where(block == BLOCKS - 1, 0.0, acc)
+                if not SELECT:
+                    acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+            if SELECT:
+                acc = tl.where(block == BLOCKS - 1, 0.0, acc)
     else:
         row, column = tile_origin(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
         # [BLOCK_M]
@@ -172,6 +178,7 @@ def layernorm_linear(
             CENTRED=x.dtype == torch.float32,
             GELU=gelu,
             INPUT_PRECISION=input_precision(x.dtype),
+            SELECT=gpu_arch() != "sm_100",
             **config,
         )
     return out

@@ -84,6 +84,7 @@ TMA_TILES = [
 PERSISTENT_TILES = [(128, 256, 64, 8, 3), (256, 128, 64, 8, 3), (256, 128, 64, 8, 4), (128, 128, 64, 8, 4)]
 # Those that a default is chosen from: they spill on no NVIDIA architecture.
 DEFAULT_TILES = [(128, 128, 64, 8, 3), (64, 128, 64, 4, 3), (64, 64, 64, 4, 4), (16, 64, 64, 4, 4)]
+DEFAULT_SPLITS = {(128, 128): (2, 4), (64, 128): (4, 8), (64, 64): (8,), (16, 64): (8,)}  # of BLOCK_M and BLOCK_N
 DEFAULT_FP32_TILES = [(128, 128, 16, 8, 3), (64, 64, 16, 4, 3)]
 SPLITS = (2, 4, 8)
 
@@ -111,9 +112,14 @@ def gemm_defaults(dtype: torch.dtype, arch: str, K: int, tma: bool = False, spli
         chosen = PERSISTENT_TILES[1:2] if split else PERSISTENT_TILES[:2]  # the residual takes registers too
         persistent = [gemm_tile(*tile, TMA=True, PERSISTENT=True) for tile in chosen]
     if split:
-        tails = [*tiles[:2], *split_tiles(tiles[:1], K)[:1]]
+        splits = [
+            tile
+            for tile in split_tiles(tiles, K)
+            if tile["SPLIT_K"] in DEFAULT_SPLITS.get((tile["BLOCK_M"], tile["BLOCK_N"]), ())
+        ]
+        tails = [*tiles[:2], *splits[:1]]
         persistent += [tile | {"TAIL": tail} for tile in persistent for tail in tails]
-        tiles += split_tiles(tiles, K)
+        tiles += splits
     return tiles + persistent
 
 

@@ -1,5 +1,6 @@
 """What every test gets: NaN in memory that nobody wrote, weights packed whatever the CPU, nothing logged before."""
 
+import importlib.util
 import os
 import sys
 
@@ -54,6 +55,13 @@ def nothing_was_logged_before():
     """A reason is logged once a process; a test should not depend on those before it."""
     if "siglip_fast.models.base" in sys.modules:
         sys.modules["siglip_fast.models.base"]._logged.clear()
+
+
+@pytest.fixture(autouse=True)
+def no_kernels_ahead(monkeypatch):
+    """Each test has shapes of its own: it would compile, and under ttsem run, the tiles of all batch sizes of each."""
+    if ON_GPU and importlib.util.find_spec("triton"):
+        monkeypatch.setattr("siglip_fast.backends.ahead.applies", lambda tensor: False)
 
 
 @pytest.fixture(autouse=True)

@@ -59,6 +59,16 @@ CASES = {
     "synchronous": ("gate('sm_80', lambda: residual(4352, num_stages=1))", "synchronous loads in the main loop"),
     "no-copies": ("gate('sm_80', lambda: residual(num_stages=1))", "no copies that feed the main loop"),
     "narrow": ("gate('sm_80', lambda: residual(K=1153))", "2-byte global loads in a loop"),
+    "persistent": (
+        "for arch in ('sm_90', 'sm_100'):\n"
+        "    for tile in dict(BLOCK_M=256), dict(BLOCK_N=256):\n"
+        "        if tile.get('BLOCK_M'):\n"
+        "            gate(arch, lambda: residual(TMA=True, PERSISTENT=True, **tile))\n"
+        "        gate(arch, lambda: normed(TMA=True, PERSISTENT=True, **tile))",
+        "every gate holds\n" * 6,
+    ),
+    "split": ("gate('sm_90', lambda: residual(4304, SPLIT_K=2))", "every gate holds"),
+    "blackwell": ("gate('sm_100', lambda: residual(num_stages=1))", "a serialized main loop: 1 of 1"),
     "no-tensor-cores": (
         "attention_module.input_precision = lambda dtype: 'ieee'\n"
         "qkv = qkv.float()\n"
@@ -166,7 +176,7 @@ def test_candidates(operation, triton, request):
 def test_attention_with_its_tail_behind_the_loop_is_serialized(tmp_path):
     """As it was until 2026-11-29: the gate would have seen it."""
     source = (BENCH.parent / "kernels" / "attention.py").read_text()
-    start, end = source.index("    if HAS_TAIL:"), source.index("    out_ptr += batch")
+    start, end = source.index("    if TAIL_N > 0:"), source.index("    out_ptr += batch")
     tail, loop = source[start:end].split("    for start in range", 1)
     old = source[:start] + "    for start in range" + loop + tail + source[end:]
     shutil.copytree(BENCH.parent / "kernels", tmp_path / "kernels")
