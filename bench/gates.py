@@ -59,6 +59,11 @@ class Row:
 
 def requirements(row: Row) -> Exemption:
     strict = Exemption(row.kernel, "", "", tensor="" if row.kernel in NO_DOT else TENSOR[row.arch])
+    if row.config.get("BLOCK_M", 64) < 64 and TENSOR[row.arch] in (
+        "HGMMA",
+        "UTCHMMA",
+    ):  # which multiply 64 rows or more
+        strict = replace(strict, tensor=strict.tensor and "HMMA")
     found = next((e for e in EXEMPTIONS if e.covers(row)), strict)
     return found if found.tensor is not None else replace(found, tensor=strict.tensor)
 

@@ -15,8 +15,9 @@
 Constants: 132 SMs at 1.98 GHz (data sheet). Tensor cores: 786 TFLOP/s, what cuBLAS is reported to reach on an H200, not the
 nominal 989. L2: 7.5 TB/s, the least that the 640 TFLOP/s of Gluon's tutorial with tiles of 128×256 need; 64 bytes a clock
 and SM. Memory: 90 % of 4.8 TB/s. FILL 0.8 and DRAIN 0.7 µs: what Gluon's one-tile programs lose against pipelined ones
-at K = 512, and roughly what those lose besides. LATENCY 650 cycles; LAUNCH 55 µs / 67, a graph replay's floor. They were set
-before the kernels were changed, by what is public; none was fitted to a measurement of ours, because there is none.
+at K = 512, and roughly what those lose besides. LATENCY 650 cycles; LAUNCH 55 µs / 67, a graph replay's floor. They are
+what is public; none was fitted to a measurement of ours, because there is none. CTAs that share an SM are taken to overlap
+perfectly, ours and the peers'.
 """
 
 import math

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .gemm import device_guard, gpu_arch, input_precision
+from .gemm import device_guard, gpu_arch, input_precision, multiprocessors
 from .tiles import attention_default, attention_tiles, default_first
 
 
@@ -163,7 +163,7 @@ def attention(qkv: torch.Tensor, config: dict[str, int] | None = None) -> torch.
     B, N, _, H, d = qkv.shape
     out = torch.empty((B, N, H, d), dtype=qkv.dtype, device=qkv.device)
     with device_guard(qkv):
-        config = dict(config or attention_default(qkv.dtype, gpu_arch(), B, N, H, d))
+        config = dict(config or attention_default(qkv.dtype, gpu_arch(), B, N, H, d, multiprocessors()))
         first, second = head_slices(d, config.pop("PAD", False))
         _attention_kernel[(triton.cdiv(N, config["BLOCK_M"]) * B * H,)](
             qkv,

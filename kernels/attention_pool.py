@@ -154,7 +154,7 @@ def pool_config(dtype: torch.dtype, arch: str, B: int, N: int) -> dict[str, int]
     BLOCK_N = max(16, triton.next_power_of_2(tokens))
     few = BLOCK_N <= 32  # whose loops take no more than the latency of their loads
     BLOCK_K = (128 if few else 64) // (2 if fp32 or rdna else 1)  # or there are spills
-    return pool_tile(BLOCK_N, BLOCK_K, 4, 2 if rdna else 4 if few else 3)
+    return pool_tile(BLOCK_N, BLOCK_K, 4, 2 if rdna else 4 if BLOCK_N == 16 else 3)
 
 
 def value_config(dtype: torch.dtype, arch: str, B: int, N: int) -> dict[str, int]:
@@ -217,7 +217,8 @@ def attention_pool(
     """`[B, N, D]` → `[B, D]`."""
     B, N, D = y.shape
     H = scores_weight.shape[0]
-    config = config or attention_pool_config(y.dtype, gpu_arch(), B, N)
+    with device_guard(y):
+        config = config or attention_pool_config(y.dtype, gpu_arch(), B, N)
     pool, value = config["pool"], dict(config["value"])
     splits = triton.cdiv(N, pool["BLOCK_N"])
     BLOCK_M = value.pop("BLOCK_M")

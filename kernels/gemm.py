@@ -146,7 +146,7 @@ def default_config(x: torch.Tensor, weight: torch.Tensor, split: bool = False) -
     """For `x [..., K]` by `weight [N, K]`."""
     N, K = weight.shape
     aligned = x.data_ptr() % 16 == 0 and weight.data_ptr() % 16 == 0
-    return gemm_default(x.dtype, gpu_arch(), x.numel() // K, N, K, tma=aligned, split=split)
+    return gemm_default(x.dtype, gpu_arch(), x.numel() // K, N, K, tma=aligned, split=split, sms=multiprocessors())
 
 
 def gemm_operands(x: torch.Tensor, weight: torch.Tensor, config: dict[str, int]):

@@ -31,8 +31,6 @@ from .gemm import (
 from .moments import read_moments
 from .tiles import default_first, gemm_configs, gemm_default, gemm_tile, tma_configs
 
-PART_N = tl.constexpr(32)  # columns that an epilogue works on at once
-
 
 @triton.jit
 def _finish(
@@ -50,14 +48,18 @@ def _finish(
     GELU: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    PART_N: tl.constexpr,
 ):
     """Normalise, add the bias, apply GELU and store, PART_N columns at a time."""
     if BLOCK_N > PART_N:
         HALF: tl.constexpr = BLOCK_N // 2
         left, right = halves(acc, BLOCK_M, BLOCK_N)
-        _finish(left, mean, rstd, colsum_ptr, bias_ptr, out_ptr, row, column, M, N, CENTRED, GELU, BLOCK_M, HALF)
+        _finish(
+            left, mean, rstd, colsum_ptr, bias_ptr, out_ptr, row, column, M, N, CENTRED, GELU, BLOCK_M, HALF, PART_N
+        )
         _finish(
             right, mean, rstd, colsum_ptr, bias_ptr, out_ptr, row, column + HALF, M, N, CENTRED, GELU, BLOCK_M, HALF,
+            PART_N,
         )  # fmt: skip
     else:
         rows = row + tl.arange(0, BLOCK_M)
@@ -97,10 +99,14 @@ def _layernorm_linear_kernel(
     TMA: tl.constexpr = False,
     PERSISTENT: tl.constexpr = False,
     SELECT: tl.constexpr = True,
+    PART_N: tl.constexpr = 32,
 ):
-    """SELECT: how a persistent program clears its sums. In a branch ptxas for Hopper copies registers, which costs 2 % of
+    """PART_N: how many columns the epilogue works on at once; on gfx11 parts spill.
+
+    SELECT: how a persistent program clears its sums. In a branch ptxas for Hopper copies registers, which costs 2 % of
     fc1; Triton for Blackwell fails on the selection; and linear_residual has no register left for it."""
     if PERSISTENT:
+        tl.static_assert(not CENTRED, "persistent programs do not take the mean out before the product")
         # One loop over the K blocks of all of this program's tiles: a loop a tile would drain its loads before the
         # epilogue and fill them after it.
         BLOCKS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
@@ -121,6 +127,7 @@ def _layernorm_linear_kernel(
                 mean, rstd = read_moments(moments_ptr, row + tl.arange(0, BLOCK_M), M, K, eps)
                 _finish(
                     acc, mean, rstd, colsum_ptr, bias_ptr, out_ptr, row, column, M, N, CENTRED, GELU, BLOCK_M, BLOCK_N,
+                    PART_N,
                 )  # fmt: skip
                 if not SELECT:
                     acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
@@ -135,7 +142,9 @@ def _layernorm_linear_kernel(
             x_ptr, w_ptr, row, column, M, N, K, K, INPUT_PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
             mean if CENTRED else None, TMA=TMA,
         )  # fmt: skip
-        _finish(acc, mean, rstd, colsum_ptr, bias_ptr, out_ptr, row, column, M, N, CENTRED, GELU, BLOCK_M, BLOCK_N)
+        _finish(
+            acc, mean, rstd, colsum_ptr, bias_ptr, out_ptr, row, column, M, N, CENTRED, GELU, BLOCK_M, BLOCK_N, PART_N
+        )
 
 
 def layernorm_linear_configs(dtype: torch.dtype, arch: str, M: int, N: int, K: int) -> list[dict[str, int]]:
@@ -178,7 +187,8 @@ def layernorm_linear(
             CENTRED=x.dtype == torch.float32,
             GELU=gelu,
             INPUT_PRECISION=input_precision(x.dtype),
-            SELECT=gpu_arch() != "sm_100",
+            SELECT=not gpu_arch().startswith(("sm_10", "sm_11")),
+            PART_N=128 if gpu_arch().startswith("gfx11") else 32,
             **config,
         )
     return out

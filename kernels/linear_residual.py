@@ -157,7 +157,9 @@ def linear_residual(
         tail = config.pop("TAIL", None)
         rows = whole_waves(config, multiprocessors(), M, N) if tail else M
         for part, tile in ((slice(rows), config), (slice(rows, None), tail)):
-            of_x, of_residual, of_out = (None if t is None else t.view(M, -1)[part] for t in (x, residual, out))
+            of_x, of_residual, of_out = (
+                None if t is None else t.view(M, t.shape[-1])[part] for t in (x, residual, out)
+            )
             if len(of_x):
                 _launch(of_x, weight, bias, of_residual, of_out, moments[part], tile)
     return out, moments

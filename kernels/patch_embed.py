@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .gemm import device_guard, gemm_grid, gpu_arch, input_precision, tile_origin
+from .gemm import device_guard, gemm_grid, gpu_arch, input_precision, multiprocessors, tile_origin
 from .moments import empty_moments, write_moments
 from .tiles import default_first, gemm_configs, gemm_default
 
@@ -93,7 +93,7 @@ def patch_embed(
     out = torch.empty((B, N, D), dtype=position.dtype, device=weight.device)
     moments = empty_moments(B * N, D, weight.device)
     with device_guard(pixel_values):
-        config = config or gemm_default(weight.dtype, gpu_arch(), B * N, D, K)
+        config = config or gemm_default(weight.dtype, gpu_arch(), B * N, D, K, sms=multiprocessors())
         _patch_embed_kernel[gemm_grid(B * N, D, config)](
             pixel_values,
             weight,

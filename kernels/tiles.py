@@ -44,7 +44,7 @@ def gemm_tile(BLOCK_M: int, BLOCK_N: int, BLOCK_K: int, num_warps: int, num_stag
     return tile | {"num_warps": num_warps, "num_stages": num_stages} | more
 
 
-# BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages; none spills on sm_90
+# BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages; none spills on sm_90 in 16 bits
 TILES = [
     (128, 128, 32, 8, 4),
     (128, 128, 64, 8, 4),
@@ -82,22 +82,22 @@ TMA_TILES = [
     (256, 128, 64, 8, 3),
 ]
 PERSISTENT_TILES = [(128, 256, 64, 8, 3), (256, 128, 64, 8, 3), (256, 128, 64, 8, 4), (128, 128, 64, 8, 4)]
-# Those that a default is chosen from: they spill on no NVIDIA architecture.
+# Those that a default in 16 bits is chosen from: they spill nowhere.
 DEFAULT_TILES = [(128, 128, 64, 8, 3), (64, 128, 64, 4, 3), (64, 64, 64, 4, 4), (16, 64, 64, 4, 4)]
 DEFAULT_SPLITS = {(128, 128): (2, 4), (64, 128): (4, 8), (64, 64): (8,), (16, 64): (8,)}  # of BLOCK_M and BLOCK_N
-DEFAULT_FP32_TILES = [(128, 128, 16, 8, 3), (64, 64, 16, 4, 3)]
 SPLITS = (2, 4, 8)
 
 
 @functools.lru_cache(4096)
 def gemm_default(
-    dtype: torch.dtype, arch: str, M: int, N: int, K: int, tma: bool = False, split: bool = False
+    dtype: torch.dtype, arch: str, M: int, N: int, K: int, tma: bool = False, split: bool = False, sms: int = 0
 ) -> Config:
-    """For `[M, K]` by `[N, K]`. `tma`: the kernel may be persistent and read through descriptors. `split`: it may split K."""
+    """For `[M, K]` by `[N, K]`. `tma`: the kernel may be persistent and read through descriptors. `split`: it may split K.
+    `sms`: the device's, where they are not the data sheet's."""
     tiles = gemm_defaults(dtype, arch, K, tma, split)
     if arch not in GPUS:
         return tiles[0]
-    gpu = GPUS[arch]
+    gpu = GPUS[arch]._replace(sms=sms or GPUS[arch].sms)
     fitting = [tile for tile in tiles if "TAIL" not in tile or 0 < whole_waves(tile, gpu.sms, M, N) < M]
     return min(fitting, key=lambda tile: clocks(tile, gpu, dtype.itemsize, M, N, K))
 
@@ -106,9 +106,12 @@ def gemm_defaults(dtype: torch.dtype, arch: str, K: int, tma: bool = False, spli
     """What `gemm_default` chooses from, whatever M and N are."""
     if arch not in GPUS:
         return [_any_work(dtype, arch)]
-    tiles = [gemm_tile(*tile) for tile in (DEFAULT_FP32_TILES if dtype == torch.float32 else DEFAULT_TILES)]
+    if dtype == torch.float32:  # smaller tiles spill in layernorm_linear
+        return [gemm_tile(128, 128, 16, 8, 3)]
+    # Tiles of fewer columns spill on sm_120.
+    tiles = [gemm_tile(*tile) for tile in DEFAULT_TILES if arch != "sm_120" or tile[1] == 128]
     persistent = []
-    if tma and can_describe(dtype, arch, K) and arch != "sm_120":
+    if tma and can_describe(dtype, arch, K) and not arch.startswith("sm_12"):
         chosen = PERSISTENT_TILES[1:2] if split else PERSISTENT_TILES[:2]  # the residual takes registers too
         persistent = [gemm_tile(*tile, TMA=True, PERSISTENT=True) for tile in chosen]
     if split:
@@ -190,7 +193,7 @@ def tma_configs(dtype: torch.dtype, arch: str, M: int, K: int) -> list[Config]:
     if not can_describe(dtype, arch, K):
         return []
     tiles = [gemm_tile(*tile, TMA=True) for tile in TMA_TILES if M > 64 or tile[0] <= 64]
-    persistent = PERSISTENT_TILES if M > 64 and arch != "sm_120" else []
+    persistent = PERSISTENT_TILES if M > 64 and not arch.startswith("sm_12") else []
     return tiles + [gemm_tile(*tile, TMA=True, PERSISTENT=True) for tile in persistent]
 
 
@@ -198,7 +201,7 @@ def default_first(default: Config, configs: list[Config]) -> list[Config]:
     return [default, *(config for config in configs if config != default)]
 
 
-def attention_default(dtype: torch.dtype, arch: str, B: int, N: int, H: int, d: int) -> Config:
+def attention_default(dtype: torch.dtype, arch: str, B: int, N: int, H: int, d: int, sms: int = 0) -> Config:
     """No spills, a static bound within 5 % of the lowest, and of such tiles the most rows, because more rows read keys
     and values less often from L2, which the bound does not count (docs/tiles.md); on sm_90 by `bench/predict.py`."""
     if dtype == torch.float32:
@@ -216,7 +219,7 @@ def attention_default(dtype: torch.dtype, arch: str, B: int, N: int, H: int, d: 
         # Four warps leave room for two CTAs an SM, one of which multiplies while the other is at its softmax. With two
         # stages the loop would wait for copies right after it issued them.
         config |= {"num_warps": 4, "num_stages": 3}
-        if triton.cdiv(N, 128) * B * H < 2 * GPUS[arch].sms:
+        if triton.cdiv(N, 128) * B * H < 2 * (sms or GPUS[arch].sms):
             return config | {"BLOCK_M": 64}
         return config | {"BLOCK_N": 64 if 64 < d < 96 else 32}
     return config

@@ -3,14 +3,14 @@
 Contracts are in `siglip_fast.ops`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
 from siglip_fast.kernels.attention import attention
 from siglip_fast.kernels.attention_pool import attention_pool
-from siglip_fast.kernels.gemm import gpu_arch
+from siglip_fast.kernels.gemm import gpu_arch, input_precision
 from siglip_fast.kernels.layernorm import layernorm
 from siglip_fast.kernels.layernorm_linear import layernorm_linear
 from siglip_fast.kernels.linear_residual import linear_residual
@@ -22,6 +22,8 @@ from .choice import DEFAULT, Choice
 from .select import is_for_graph
 from .torch import pack
 
+LOADER = Loader()  # of the whole process, as Triton's kernels are
+
 
 class Backend:
     """The operations, each as `selection_on` its tensors' device says for its shape; without one, by default."""
@@ -31,7 +33,6 @@ class Backend:
     def __init__(self, selection_on: Callable[[torch.device], Any] | None = None):
         self._selection_on = selection_on
         self._selections: dict[torch.device, Any] = {}  # loaded when a device is first met
-        self._loader = Loader()
 
     @classmethod
     def fixed(cls, choice: Choice) -> "Backend":
@@ -76,8 +77,8 @@ class Backend:
         selection = self._selection(tensor.device)
         launch = "graph" if is_for_graph() else "eager"
         choice = selection.choice(name, dims, tensor.dtype, rows, launch) if selection else DEFAULT
-        key = (name, dims, tensor.dtype, tensor.device, args[0].dtype)
-        self._loader.load(
+        key = (name, dims, tensor.device, selection, *_specialised(args))
+        LOADER.load(
             key, tensor, lambda: _choices(name, dims, tensor.dtype, selection), lambda each: RUN[name](each, *few())
         )
         return RUN[name](choice, *args)
@@ -89,6 +90,18 @@ class Backend:
         if selection is None:
             selection = self._selections[device] = self._selection_on(device)
         return selection
+
+
+def _specialised(args: tuple) -> Iterator:
+    """What beside their shapes Triton tells kernels apart by: dtypes, TF32, and the layout of pixels."""
+    for arg in args:
+        tensor = getattr(arg, "weight", arg)
+        if isinstance(tensor, torch.Tensor):
+            yield tensor.dtype
+            if tensor.dtype == torch.float32:
+                yield input_precision(tensor.dtype)
+            if tensor.ndim == 4:
+                yield tensor.stride()[1:]
 
 
 def _choices(name: str, dims: tuple[int, ...], dtype: torch.dtype, selection: Any) -> list[Choice]:

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -66,6 +67,14 @@ def test_once_for_an_operation(loader):
     for key in ("a", "a", "b"):
         loader.load((key,), torch.empty(1), lambda: choices, ran.append)
     assert sorted(map(str, ran)) == sorted(2 * ["triton", "triton M=1", "vendor"])
+
+
+def test_a_vendors_route_runs_in_the_calling_thread(loader):
+    """Each thread would get workspaces of the library's."""
+    threads = {}
+    choices = [Choice("vendor"), Choice("triton", {"BLOCK_M": 1})]
+    loader.load(("a",), torch.empty(1), lambda: choices, lambda c: threads.setdefault(str(c), threading.get_ident()))
+    assert threads["vendor"] == threading.get_ident() != threads["triton M=1"]
 
 
 def test_what_does_not_run_stops_nothing(loader):

@@ -64,7 +64,7 @@ def test_a_serialized_loop_adds_what_an_asynchronous_one_overlaps():
 
 def test_what_binds():
     assert gpu_model.time_of("linear_residual", replace(WORK, bytes=10**9), CODE).binds == "memory"
-    assert gpu_model.time_of("linear_residual", replace(WORK, l2_bytes=10**8), CODE).binds in ("L2", "chain")
+    assert gpu_model.time_of("linear_residual", replace(WORK, l2_bytes=10**8), CODE).binds == "L2"
 
 
 def test_a_vendor_gemm_is_never_faster_than_tensor_cores_and_memory():
