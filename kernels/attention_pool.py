@@ -153,8 +153,8 @@ def pool_config(dtype: torch.dtype, arch: str, B: int, N: int) -> dict[str, int]
     tokens = min(B * N // 128, N, 64 if fp32 else 128)
     BLOCK_N = max(16, triton.next_power_of_2(tokens))
     few = BLOCK_N <= 32  # whose loops take no more than the latency of their loads
-    BLOCK_K = (128 if few else 64) // (2 if fp32 or rdna else 1)  # or there are spills
-    return pool_tile(BLOCK_N, BLOCK_K, 4, 2 if rdna else 4 if BLOCK_N == 16 else 3)
+    BLOCK_K = (128 if BLOCK_N == 16 else 64) // (2 if fp32 or rdna else 1)  # or there are spills
+    return pool_tile(BLOCK_N, BLOCK_K, 4, 2 if rdna else 4 if few else 3)
 
 
 def value_config(dtype: torch.dtype, arch: str, B: int, N: int) -> dict[str, int]:
