@@ -27,7 +27,27 @@ _UINT8 = "tests/running/test_uint8.py -k 'TestOperation and accuracy and bf16"
 _NORMED = "tests/kernels/test_layernorm_linear.py -k 'triton and"
 
 _POOL = "tests/kernels/test_attention_pool.py -k 'triton and bf16 and"
+_STREAM_SPLIT = "tests/kernels/test_float32_stream.py -k 'split_k and bf16"
 _STREAM = "tests/kernels/test_float32_stream.py -k 'triton and bf16 and"
+
+_TILES = "tests/kernels/test_tiles.py -k 'triton and bf16 and"
+_PERSISTENT_NORMED = f"{_TILES} test_persistent_layernorm_linear and"
+_DESCRIPTORS = "tests/kernels/test_tiles.py -k 'triton and fp16 and descriptors and"
+_AHEAD = "tests/backends/test_ahead.py -k"
+
+# Edits of the loop that both kernels hold: old and new.
+_PERSISTENT = {
+    "tiles-one-apart": ("tile += tl.num_programs(0)", "tile += 1"),
+    "first-tile-skipped": ("tile = tl.program_id(0) - tl.num_programs(0)", "tile = tl.program_id(0)"),
+    "last-tile-lost": ("tl.cdiv(tiles - tl.program_id(0), tl.num_programs(0))", "(tiles // tl.num_programs(0))"),
+    "every-tile-the-first": ("tile_origin(tile, M,", "tile_origin(tl.program_id(0), M,"),
+    "tile-finished-before-its-last-block": ("if block == BLOCKS - 1:", "if block == BLOCKS - 2:"),
+    "tile-of-one-block-more": (
+        "tl.where(block == BLOCKS - 1, 0, block + 1)",
+        "tl.where(block == BLOCKS, 0, block + 1)",
+    ),
+    "first-block-for-all": ("row, column, block * BLOCK_K, M,", "row, column, 0, M,"),
+}
 
 MUTANTS = {
     "stream-rounded-around-its-mean": Mutant(
@@ -38,8 +58,8 @@ MUTANTS = {
     ),
     "stream-mean-taken-out-twice": Mutant(
         "kernels/layernorm_linear.py",
-        "    if not CENTRED:\n        acc -= mean",
-        "    if True:\n        acc -= mean",
+        "        if not CENTRED:\n            colsum",
+        "        if True:\n            colsum",
         f"{_STREAM} layernorm_linear and 37 and plain'",
     ),
     "stream-rounded-after-the-residual": Mutant(
@@ -49,10 +69,16 @@ MUTANTS = {
         f"{_STREAM} linear_residual and 37'",
     ),
     "stream-rounded-by-the-epilogue": Mutant(
+        "kernels/residual_epilogue.py",
+        "stored = out.to(out_ptr.dtype.element_ty)",
+        "stored = out.to(bias_ptr.dtype.element_ty).to(out_ptr.dtype.element_ty)",
+        f"{_STREAM_SPLIT}'",
+    ),
+    "stream-rounded-before-the-epilogue": Mutant(
         "kernels/linear_residual.py",
-        "residual_epilogue(out, bias, residual, dtype)",
-        "residual_epilogue(out, bias, residual, x.dtype)",
-        "tests/kernels/test_float32_stream.py -k 'split_k and bf16'",
+        "sums = torch.empty((splits, M, N), dtype=torch.float32,",
+        "sums = torch.empty((splits, M, N), dtype=x.dtype,",
+        f"{_STREAM_SPLIT}'",
     ),
     "stream-begins-rounded": Mutant(
         "kernels/patch_embed.py",
@@ -87,7 +113,25 @@ MUTANTS = {
         "    v_ptr = q_ptr + HEADS * HEAD_DIM\n    k_ptr = v_ptr + HEADS * HEAD_DIM",
         f"{_ATTENTION} d-32'",
     ),
-    "attention-no-scale": Mutant("kernels/attention.py", "    scores *= scale\n", "", f"{_ATTENTION} d-32'"),
+    "attention-tail-skipped": Mutant("kernels/attention.py", "if TAIL_N > 0:", "if False:", f"{_ATTENTION} d-32'"),
+    "attention-tail-too-narrow": Mutant(
+        "kernels/attention.py",
+        "max(16, triton.next_power_of_2(N % BLOCK_N))",
+        "max(16, triton.next_power_of_2(N % BLOCK_N) // 2)",
+        f"{_ATTENTION} so400m-384-and-one'",
+    ),
+    "attention-tail-once-more-in-the-loop": Mutant(
+        "kernels/attention.py", "range(0, full, BLOCK_N)", "range(0, N, BLOCK_N)", f"{_ATTENTION} d-32'"
+    ),
+    "attention-maximum-without-scale": Mutant(
+        "kernels/attention.py", "scale * tl.max(scores, axis=1)", "tl.max(scores, axis=1)", f"{_ATTENTION} d-32'"
+    ),
+    "attention-scores-without-scale": Mutant(
+        "kernels/attention.py", "tl.exp2(scores * scale - new_max", "tl.exp2(scores - new_max", f"{_ATTENTION} d-32'"
+    ),
+    "attention-softmax-in-the-wrong-base": Mutant(
+        "kernels/attention.py", "d**-0.5 * 1.4426950408889634", "d**-0.5", f"{_ATTENTION} d-32'"
+    ),
     "attention-old-sum-not-rescaled": Mutant(
         "kernels/attention.py", "acc0 * alpha[:, None]", "acc0", f"{_ATTENTION} base-224-and-one'"
     ),
@@ -99,17 +143,23 @@ MUTANTS = {
     ),
     "gemm-last-k-block-dropped": Mutant(
         "kernels/gemm.py",
-        "for k in range(first, last, BLOCK_K):",
-        "for k in range(first, last // BLOCK_K * BLOCK_K, BLOCK_K):",
+        "for step in range(0, PART, BLOCK_K):",
+        "for step in range(0, K // BLOCK_K * BLOCK_K, BLOCK_K):",
         f"{_RESIDUAL} bf16 and N-and-K'",
     ),
     "gemm-k-tail-not-masked": Mutant(
-        "kernels/gemm.py", "if K % BLOCK_K == 0:", "if K > 0:", f"{_RESIDUAL} bf16 and N-and-K'"
+        "kernels/gemm.py", "elif K % (BLOCK_K * SPLIT_K) == 0:", "elif K > 0:", f"{_RESIDUAL} bf16 and N-and-K'"
     ),
     "gemm-rows-not-clamped": Mutant(
         "kernels/gemm.py",
-        "rows = tl.minimum(row + tl.arange(0, BLOCK_M), M - 1)",
-        "rows = row + tl.arange(0, BLOCK_M)",
+        "K tail's.\n        rows = tl.minimum(row + tl.arange(0, BLOCK_M), M - 1)",
+        "K tail's.\n        rows = row + tl.arange(0, BLOCK_M)",
+        f"{_RESIDUAL} bf16 and N-and-K'",
+    ),
+    "gemm-columns-not-clamped": Mutant(
+        "kernels/gemm.py",
+        "columns = tl.minimum(column + tl.arange(0, BLOCK_N), N - 1)\n        offs_k = tl.arange",
+        "columns = column + tl.arange(0, BLOCK_N)\n        offs_k = tl.arange",
         f"{_RESIDUAL} bf16 and N-and-K'",
     ),
     "gemm-row-offsets-in-32-bits": Mutant(
@@ -123,16 +173,40 @@ MUTANTS = {
         "kernels/gemm.py", "tile_m = group * GROUP_M + ", "tile_m = ", f"{_NORMED} bf16 and plain and group'"
     ),
     "gelu-without-its-cube": Mutant(
-        "kernels/gemm.py", "(x + 0.044715 * x * x * x)", "x", f"{_NORMED} bf16 and gelu and K-no'"
+        "kernels/gemm.py", " - 0.1029432395800235 * (x * x)", "", f"{_NORMED} bf16 and gelu and K-no'"
+    ),
+    "gelu-of-another-cube": Mutant(
+        "kernels/gemm.py", "0.1029432395800235", "0.1019432395800235", f"{_NORMED} fp32 and gelu and K-no'"
+    ),
+    "gelu-in-the-wrong-base": Mutant(
+        "kernels/gemm.py", "1.0 + tl.exp2(v)", "1.0 + tl.exp(v)", f"{_NORMED} bf16 and gelu and K-no'"
+    ),
+    "gelu-of-a-square-root": Mutant(
+        "kernels/gemm.py", "return x * r * r", "return x * r", f"{_NORMED} bf16 and gelu and K-no'"
+    ),
+    "halves-of-every-second-column": Mutant(
+        "kernels/gemm.py",
+        "tl.permute(tl.reshape(x, [BLOCK_M, 2, BLOCK_N // 2]), [0, 2, 1])",
+        "tl.reshape(x, [BLOCK_M, BLOCK_N // 2, 2])",
+        f"{_NORMED} bf16 and plain and M-3'",
+    ),
+    "layernorm-right-half-over-the-left": Mutant(
+        "kernels/layernorm_linear.py", "column + HALF", "column", f"{_NORMED} bf16 and plain and M-3'"
+    ),
+    "residual-right-half-over-the-left": Mutant(
+        "kernels/linear_residual.py", "column + HALF", "column", f"{_RESIDUAL} bf16 and gfx11'"
     ),
     "split-k-parts-one-block-short": Mutant(
         "kernels/gemm.py",
-        "last = min(first + PART, K) if",
-        "last = min(first + PART - BLOCK_K, K) if",
+        "for step in range(0, PART, BLOCK_K):",
+        "for step in range(0, PART - BLOCK_K, BLOCK_K):",
         f"{_SPLIT} parts-of'",
     ),
     "split-k-parts-overlap": Mutant(
-        "kernels/gemm.py", "last = min(first + PART, K) if", "last = K if", f"{_SPLIT} parts-of'"
+        "kernels/gemm.py", "range(0, PART, BLOCK_K)", "range(0, K, BLOCK_K)", f"{_SPLIT} parts-of'"
+    ),
+    "split-k-parts-beyond-k-not-masked": Mutant(
+        "kernels/gemm.py", "elif K % (BLOCK_K * SPLIT_K) == 0:", "elif K % BLOCK_K == 0:", f"{_SPLIT} parts-of'"
     ),
     "split-k-parts-of-a-rounded-down-size": Mutant(
         "kernels/gemm.py",
@@ -157,15 +231,15 @@ MUTANTS = {
     ),
     "tensor-descriptor-at-the-first-row": Mutant(
         "kernels/gemm.py",
-        "x_ptr.load([row.to(tl.int32), k])",
-        "x_ptr.load([0, k])",
+        "K.\n            x = x_ptr.load([row.to(tl.int32), k])",
+        "K.\n            x = x_ptr.load([0, k])",
         f"{_RESIDUAL} fp16 and descriptors and whole'",
         interpreted=True,
     ),
     "tensor-descriptor-at-the-first-column": Mutant(
         "kernels/gemm.py",
-        "w_ptr.load([column, k])",
-        "w_ptr.load([0, k])",
+        "            w = w_ptr.load([column, k]).T",
+        "            w = w_ptr.load([0, k]).T",
         f"{_RESIDUAL} fp16 and descriptors and whole'",
         interpreted=True,
     ),
@@ -184,14 +258,14 @@ MUTANTS = {
     ),
     "layernorm-mean-not-subtracted": Mutant(
         "kernels/layernorm_linear.py",
-        "    if not CENTRED:\n        acc -= mean[:, None] * colsum[None, :]\n",
+        "            acc -= mean[:, None] * colsum[None, :]\n",
         "",
         f"{_NORMED} bf16 and plain and M-3'",
     ),
     "layernorm-eps-of-its-own": Mutant(
         "kernels/layernorm_linear.py",
-        "read_moments(moments_ptr, rows, M, K, eps)",
-        "read_moments(moments_ptr, rows, M, K, 1e-6)",
+        "# [BLOCK_M]\n        mean, rstd = read_moments(moments_ptr, row + tl.arange(0, BLOCK_M), M, K, eps)",
+        "# [BLOCK_M]\n        mean, rstd = read_moments(moments_ptr, row + tl.arange(0, BLOCK_M), M, K, 1e-6)",
         f"{_NORMED} bf16 and eps'",
     ),
     "residual-moments-of-the-unrounded-value": Mutant(
@@ -202,9 +276,21 @@ MUTANTS = {
     ),
     "residual-column-tail-not-masked": Mutant(
         "kernels/linear_residual.py",
-        "mask = (rows[:, None] < M) & (columns[None, :] < N)",
-        "mask = (rows[:, None] < M) & (columns[None, :] >= 0)",
+        "\n        mask = (rows[:, None] < M) & (columns[None, :] < N)",
+        "\n        mask = (rows[:, None] < M) & (columns[None, :] >= 0)",
         f"{_RESIDUAL} bf16 and N-and-K'",
+    ),
+    "split-k-column-tail-not-masked": Mutant(
+        "kernels/linear_residual.py",
+        "\n            mask = (rows[:, None] < M) & (columns[None, :] < N)",
+        "\n            mask = (rows[:, None] < M) & (columns[None, :] >= 0)",
+        f"{_SPLIT} parts-of'",
+    ),
+    "split-k-row-tail-not-masked": Mutant(
+        "kernels/linear_residual.py",
+        "\n            mask = (rows[:, None] < M) & (columns[None, :] < N)",
+        "\n            mask = (rows[:, None] >= 0) & (columns[None, :] < N)",
+        f"{_SPLIT} parts-of'",
     ),
     "epilogue-last-partial-dropped": Mutant(
         "kernels/residual_epilogue.py",
@@ -252,8 +338,17 @@ MUTANTS = {
     "moments-by-the-difference-of-squares": Mutant(
         "kernels/moments.py",
         "m2 = tl.sum(deviation * deviation, axis=2)",
-        "m2 = tl.sum(tl.where(inside, x * x, 0.0), axis=2) - mean * mean * count[None, :].to(tl.float32)",
+        "m2 = tl.sum(x * x, axis=2) - mean * mean * MOMENT_BLOCK",
         "tests/kernels/test_linear_residual.py -k large_mean",
+    ),
+    "moments-of-whole-blocks-not-divided": Mutant(
+        "kernels/moments.py",
+        "mean = tl.sum(x, axis=2) * (1.0 / MOMENT_BLOCK)",
+        "mean = tl.sum(x, axis=2)",
+        f"{_RESIDUAL} bf16 and M-3'",
+    ),
+    "moments-of-ragged-blocks-as-of-whole-ones": Mutant(
+        "kernels/moments.py", "if ROW_BLOCKS * MOMENT_BLOCK == D:", "if D > 0:", f"{_RESIDUAL} bf16 and N-and-K'"
     ),
     "moments-merged-without-the-spread-of-the-means": Mutant(
         "kernels/moments.py",
@@ -339,4 +434,128 @@ MUTANTS = {
         "out = out + tl.sum(",
         f"{_POOL} merged and 261'",
     ),
+    "persistent-layernorm_linear-sums-not-begun-anew": Mutant(
+        "kernels/layernorm_linear.py", "tl.where(block == BLOCKS - 1, 0.0, acc)", "acc", f"{_PERSISTENT_NORMED} five'"
+    ),
+    "persistent-layernorm_linear-sums-not-begun-anew-on-blackwell": Mutant(
+        "kernels/layernorm_linear.py",
+        "\n                    acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)\n",
+        "\n                    pass\n",
+        f"{_PERSISTENT_NORMED} five'",
+    ),
+    "persistent-linear_residual-sums-not-begun-anew": Mutant(
+        "kernels/linear_residual.py",
+        "\n                acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)\n",
+        "\n",
+        f"{_TILES} test_persistent_linear_residual and five'",
+    ),
+    "persistent-moments-of-the-first-rows": Mutant(
+        "kernels/layernorm_linear.py",
+        "                mean, rstd = read_moments(moments_ptr, row + tl.arange",
+        "                mean, rstd = read_moments(moments_ptr, tl.arange",
+        f"{_PERSISTENT_NORMED} five'",
+    ),
+    "persistent-eps-of-its-own": Mutant(
+        "kernels/layernorm_linear.py",
+        "                mean, rstd = read_moments(moments_ptr, row + tl.arange(0, BLOCK_M), M, K, eps)",
+        "                mean, rstd = read_moments(moments_ptr, row + tl.arange(0, BLOCK_M), M, K, 1e-6)",
+        f"{_PERSISTENT_NORMED} five'",
+    ),
+    "persistent-rows-not-clamped": Mutant(
+        "kernels/gemm.py",
+        "else:\n        rows = tl.minimum(row + tl.arange(0, BLOCK_M), M - 1)",
+        "else:\n        rows = row + tl.arange(0, BLOCK_M)",
+        f"{_PERSISTENT_NORMED} one-tile'",
+    ),
+    "persistent-columns-not-clamped": Mutant(
+        "kernels/gemm.py",
+        "columns = tl.minimum(column + tl.arange(0, BLOCK_N), N - 1)\n        offs_k = k",
+        "columns = column + tl.arange(0, BLOCK_N)\n        offs_k = k",
+        f"{_PERSISTENT_NORMED} one-tile'",
+    ),
+    "persistent-k-tail-of-x-not-masked": Mutant(
+        "kernels/gemm.py", ", mask=offs_k[None, :] < K, other=0.0)", ")", f"{_PERSISTENT_NORMED} one-tile'"
+    ),
+    "persistent-k-tail-of-w-not-masked": Mutant(
+        "kernels/gemm.py", ", mask=offs_k[:, None] < K, other=0.0)", ")", f"{_PERSISTENT_NORMED} one-tile'"
+    ),
+    "persistent-descriptor-at-the-first-row": Mutant(
+        "kernels/gemm.py",
+        "if TMA:\n        x = x_ptr.load([row.to(tl.int32), k])",
+        "if TMA:\n        x = x_ptr.load([0, k])",
+        f"{_DESCRIPTORS} five'",
+        interpreted=True,
+    ),
+    "persistent-descriptor-at-the-first-column": Mutant(
+        "kernels/gemm.py",
+        "\n        w = w_ptr.load([column, k]).T",
+        "\n        w = w_ptr.load([0, k]).T",
+        f"{_DESCRIPTORS} five'",
+        interpreted=True,
+    ),
+    "tail-a-tile-late": Mutant(
+        "kernels/linear_residual.py",
+        "(slice(rows, None), tail)",
+        '(slice(rows + config["BLOCK_M"], None), tail)',
+        f"{_TILES} test_tail and 97 and short'",
+    ),
+    "tail-lost": Mutant(
+        "kernels/linear_residual.py", ", (slice(rows, None), tail)):", ",):", f"{_TILES} test_tail and 97 and short'"
+    ),
+    "tail-moments-among-the-first": Mutant(
+        "kernels/linear_residual.py",
+        "moments[part], tile)",
+        "moments[: len(of_x)], tile)",
+        f"{_TILES} test_tail and 97 and short'",
+    ),
+    "tail-after-all-whole-tiles": Mutant(
+        "kernels/tiles.py",
+        "* across // sms * sms // across",
+        "* across // across",
+        f"{_TILES} test_tail and 97 and short'",
+    ),
+    "tail-after-a-ragged-tile": Mutant(
+        "kernels/tiles.py",
+        'M // tile["BLOCK_M"] * across //',
+        'triton.cdiv(M, tile["BLOCK_M"]) * across //',
+        f"{_TILES} test_tail and 97 and short'",
+    ),
+    "ahead-without-split-k": Mutant(
+        "siglip_fast/backends/ahead.py",
+        "tma=True, split=True)",
+        "tma=True)",
+        f"{_AHEAD} compiles_all",
+        interpreted=True,
+    ),
+    "ahead-compiles-for-one-number-of-rows": Mutant(
+        "kernels/linear_residual.py",
+        '@triton.jit(do_not_specialize=["M"])',
+        "@triton.jit",
+        f"{_AHEAD} compiles_all",
+        interpreted=True,
+    ),
+    "ahead-each-time": Mutant(
+        "siglip_fast/backends/ahead.py",
+        "            self._loaded.add(key)\n",
+        "",
+        f"{_AHEAD} test_once",
+        interpreted=True,
+    ),
+    "ahead-during-a-capture": Mutant(
+        "siglip_fast/backends/ahead.py", " or is_capturing(tensor)", "", f"{_AHEAD} capture", interpreted=True
+    ),
+    "ahead-up-to-the-first-that-does-not-run": Mutant(
+        "siglip_fast/backends/ahead.py",
+        "except Exception as error",
+        "except NotImplementedError as error",
+        f"{_AHEAD} stops_nothing",
+        interpreted=True,
+    ),
+    **{
+        f"persistent-{kernel}-{name}": Mutant(
+            f"kernels/{kernel}.py", *edit, f"{_TILES} test_persistent_{kernel} and five'"
+        )
+        for kernel in ("layernorm_linear", "linear_residual")
+        for name, edit in _PERSISTENT.items()
+    },
 }

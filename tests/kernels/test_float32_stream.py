@@ -65,7 +65,8 @@ def test_split_k(dtype, device):
     config = gemm_tile(64, 64, 64, 4, 2, SPLIT_K=2)
     out, moments = linear_residual(x, weight, bias, residual, config)
     expected = reference.linear(x, weight, bias) + residual.double()
-    reference.assert_accurate(out, expected, F.linear(x, weight, bias) + residual)
+    assert out.dtype == torch.float32
+    assert reference.relative_error(out, expected) < 1e-6  # neither the partial sums nor their total are rounded
     assert reference.relative_error(moments, reference.moments(out)) < 1e-6
 
 
