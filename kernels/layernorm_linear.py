@@ -29,7 +29,7 @@ from .gemm import (
     tile_origin,
 )
 from .moments import read_moments
-from .tiles import default_first, gemm_configs, gemm_default, gemm_tile, tma_configs
+from .tiles import default_first, gemm_configs, gemm_default, tma_configs
 
 
 @triton.jit
@@ -149,10 +149,8 @@ def _layernorm_linear_kernel(
 
 def layernorm_linear_configs(dtype: torch.dtype, arch: str, M: int, N: int, K: int) -> list[dict[str, int]]:
     """Candidates for an `[M, K]` by `[N, K]` product, the default first."""
-    configs, tma = gemm_configs(dtype, arch, M), tma_configs(dtype, arch, M, K)
-    if dtype.itemsize == 2 and M > 64:  # moments leave no registers for so many rows in the other kernels
-        configs.append(gemm_tile(256, 128, 64, 8, 3))
-    return default_first(gemm_default(dtype, arch, M, N, K, tma=True), configs + tma)
+    configs = gemm_configs(dtype, arch, M) + tma_configs(dtype, arch, M, K)
+    return default_first(gemm_default(dtype, arch, M, N, K, tma=True), configs)
 
 
 def layernorm_linear(
