@@ -77,7 +77,7 @@ class Backend:
         selection = self._selection(tensor.device)
         launch = "graph" if is_for_graph() else "eager"
         choice = selection.choice(name, dims, tensor.dtype, rows, launch) if selection else DEFAULT
-        key = (name, dims, tensor.device, selection, *_specialised(args))
+        key = (name, dims, tensor.device, selection and selection.digest, *_specialised(args))
         LOADER.load(
             key, tensor, lambda: _choices(name, dims, tensor.dtype, selection), lambda each: RUN[name](each, *few())
         )

@@ -140,6 +140,7 @@ class Selection:
 
     def __init__(self, entries: Entries):
         self._entries = entries
+        self.digest = _digest(entries)  # equal for equal choices
         self._memo: dict[tuple, Choice] = {}
 
     @classmethod

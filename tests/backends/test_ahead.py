@@ -5,12 +5,15 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from siglip_fast.backends import ahead
+from siglip_fast.backends import triton as triton_backend
 from siglip_fast.backends.choice import DEFAULT, Choice
+from siglip_fast.tuning.cache import Selection
 
 pytest.importorskip("cuxray")  # which bench/static.py reads machine code with
 BENCH = Path(__file__).parents[2] / "bench"
@@ -20,6 +23,7 @@ CODE = """
 import sys, torch
 from static import forward, launches_of
 from siglip_fast.backends import ahead
+from siglip_fast.backends import triton as triton_backend
 ahead.applies = lambda tensor: sys.argv[2] == "ahead"
 
 with launches_of("sm_90") as launches:
@@ -96,3 +100,16 @@ def test_nothing_during_a_capture(loader, monkeypatch):
     assert not ran
     loader.load(("a",), torch.empty(1), lambda: [DEFAULT], ran.append)
     assert ran == [DEFAULT]
+
+
+def test_a_new_backend_with_the_same_choices_loads_nothing_again(monkeypatch):
+    """A model gets one with each change of its weights."""
+    keys = []
+    recorder = SimpleNamespace(load=lambda key, *_: keys.append(key))
+    monkeypatch.setattr(triton_backend, "LOADER", recorder)
+    monkeypatch.setattr(triton_backend, "RUN", {"attention": lambda *_: None})
+    found = {"route": "triton", "config": {"BLOCK_M": 64}}
+    other = {"attention 5x2x8 float16": {"4": {"eager": found, "graph": found, "dropped": {}}}}
+    for entries in ({}, {}, other):
+        triton_backend.Backend(lambda device, entries=entries: Selection(entries)).attention(torch.zeros(3, 5, 3, 2, 8))
+    assert keys[0] == keys[1] != keys[2]
