@@ -14,6 +14,7 @@ from collections import Counter
 from datetime import date
 from pathlib import Path
 
+import gpu_model
 import peer_model
 import static
 import torch
@@ -125,8 +126,6 @@ def _tile(config: dict) -> str:
 
 
 def markdown(predictions: list[dict], command: str) -> str:
-    import gpu_model
-
     lines = [
         "# Predictions for an H200, bf16",
         "",

@@ -120,6 +120,43 @@ def operands_at(
 
 
 @triton.jit
+def persistent_steps(M, N: tl.constexpr, BLOCKS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Blocks of K of all tiles of this program of a persistent grid.
+
+    It goes through them in one loop: a loop a tile would drain its loads before the epilogue and fill them after it.
+    """
+    tiles = tl.cdiv(M, BLOCK_M) * ((N + BLOCK_N - 1) // BLOCK_N)
+    return tl.cdiv(tiles - tl.program_id(0), tl.num_programs(0)) * BLOCKS
+
+
+@triton.jit
+def next_step(
+    x_ptr,
+    w_ptr,
+    tile,
+    block,
+    row,
+    column,
+    M,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    TMA: tl.constexpr,
+):
+    """The next of a persistent program's blocks of K, of the BLOCKS of a tile: where it is, and its operands."""
+    block = tl.where(block == BLOCKS - 1, 0, block + 1)
+    if block == 0:
+        tile += tl.num_programs(0)
+        row, column = tile_origin(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    x, w = operands_at(x_ptr, w_ptr, row, column, block * BLOCK_K, M, N, K, BLOCK_M, BLOCK_N, BLOCK_K, TMA)
+    return tile, block, row, column, x, w
+
+
+@triton.jit
 def halves(x, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """The left and the right half of `x [BLOCK_M, BLOCK_N]`. Epilogues go from half to half, because all at once
     they would hold more registers than the main loop."""

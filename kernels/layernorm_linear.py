@@ -25,7 +25,8 @@ from .gemm import (
     halves,
     input_precision,
     main_loop,
-    operands_at,
+    next_step,
+    persistent_steps,
     tile_origin,
 )
 from .moments import read_moments
@@ -107,21 +108,16 @@ def _layernorm_linear_kernel(
     fc1; Triton for Blackwell fails on the selection; and linear_residual has no register left for it."""
     if PERSISTENT:
         tl.static_assert(not CENTRED, "persistent programs do not take the mean out before the product")
-        # One loop over the K blocks of all of this program's tiles: a loop a tile would drain its loads before the
-        # epilogue and fill them after it.
         BLOCKS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
-        tiles = tl.cdiv(M, BLOCK_M) * ((N + BLOCK_N - 1) // BLOCK_N)
         tile = tl.program_id(0) - tl.num_programs(0)
         block = BLOCKS - 1
         row = tl.cast(0, tl.int64)
         column = 0
         acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
-        for _ in range(0, tl.cdiv(tiles - tl.program_id(0), tl.num_programs(0)) * BLOCKS):
-            block = tl.where(block == BLOCKS - 1, 0, block + 1)
-            if block == 0:
-                tile += tl.num_programs(0)
-                row, column = tile_origin(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
-            x, w = operands_at(x_ptr, w_ptr, row, column, block * BLOCK_K, M, N, K, BLOCK_M, BLOCK_N, BLOCK_K, TMA)
+        for _ in range(0, persistent_steps(M, N, BLOCKS, BLOCK_M, BLOCK_N)):
+            tile, block, row, column, x, w = next_step(
+                x_ptr, w_ptr, tile, block, row, column, M, N, K, BLOCKS, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, TMA
+            )  # fmt: skip
             acc = tl.dot(x, w, acc, input_precision=INPUT_PRECISION)
             if block == BLOCKS - 1:
                 mean, rstd = read_moments(moments_ptr, row + tl.arange(0, BLOCK_M), M, K, eps)

@@ -24,7 +24,8 @@ from .gemm import (
     input_precision,
     main_loop,
     multiprocessors,
-    operands_at,
+    next_step,
+    persistent_steps,
     tile_origin,
 )
 from .moments import MOMENT_BLOCK, empty_moments, write_moments
@@ -90,21 +91,16 @@ def _linear_residual_kernel(
 ):
     """With SPLIT_K > 1, out_ptr takes fp32 partial sums `[SPLIT_K, M, N]`, and the rest is left to the epilogue."""
     if PERSISTENT:
-        # One loop over the K blocks of all of this program's tiles: a loop a tile would drain its loads before the
-        # epilogue and fill them after it.
         BLOCKS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
-        tiles = tl.cdiv(M, BLOCK_M) * ((N + BLOCK_N - 1) // BLOCK_N)
         tile = tl.program_id(0) - tl.num_programs(0)
         block = BLOCKS - 1
         row = tl.cast(0, tl.int64)
         column = 0
         acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
-        for _ in range(0, tl.cdiv(tiles - tl.program_id(0), tl.num_programs(0)) * BLOCKS):
-            block = tl.where(block == BLOCKS - 1, 0, block + 1)
-            if block == 0:
-                tile += tl.num_programs(0)
-                row, column = tile_origin(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
-            x, w = operands_at(x_ptr, w_ptr, row, column, block * BLOCK_K, M, N, K, BLOCK_M, BLOCK_N, BLOCK_K, TMA)
+        for _ in range(0, persistent_steps(M, N, BLOCKS, BLOCK_M, BLOCK_N)):
+            tile, block, row, column, x, w = next_step(
+                x_ptr, w_ptr, tile, block, row, column, M, N, K, BLOCKS, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, TMA
+            )  # fmt: skip
             acc = tl.dot(x, w, acc, input_precision=INPUT_PRECISION)
             if block == BLOCKS - 1:
                 _finish(

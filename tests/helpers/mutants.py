@@ -35,18 +35,20 @@ _PERSISTENT_NORMED = f"{_TILES} test_persistent_layernorm_linear and"
 _DESCRIPTORS = "tests/kernels/test_tiles.py -k 'triton and fp16 and descriptors and"
 _AHEAD = "tests/backends/test_ahead.py -k"
 
-# Edits of the loop that both kernels hold: old and new.
-_PERSISTENT = {
+# Edits of a persistent program's steps, which both kernels take, and of the loop that both hold: old and new.
+_STEPS = {
     "tiles-one-apart": ("tile += tl.num_programs(0)", "tile += 1"),
-    "first-tile-skipped": ("tile = tl.program_id(0) - tl.num_programs(0)", "tile = tl.program_id(0)"),
     "last-tile-lost": ("tl.cdiv(tiles - tl.program_id(0), tl.num_programs(0))", "(tiles // tl.num_programs(0))"),
-    "every-tile-the-first": ("tile_origin(tile, M,", "tile_origin(tl.program_id(0), M,"),
-    "tile-finished-before-its-last-block": ("if block == BLOCKS - 1:", "if block == BLOCKS - 2:"),
+    "every-tile-the-first": ("column = tile_origin(tile, M,", "column = tile_origin(tl.program_id(0), M,"),
     "tile-of-one-block-more": (
         "tl.where(block == BLOCKS - 1, 0, block + 1)",
         "tl.where(block == BLOCKS, 0, block + 1)",
     ),
     "first-block-for-all": ("row, column, block * BLOCK_K, M,", "row, column, 0, M,"),
+}
+_LOOP = {
+    "first-tile-skipped": ("tile = tl.program_id(0) - tl.num_programs(0)", "tile = tl.program_id(0)"),
+    "tile-finished-before-its-last-block": ("if block == BLOCKS - 1:", "if block == BLOCKS - 2:"),
 }
 
 MUTANTS = {
@@ -552,10 +554,9 @@ MUTANTS = {
         interpreted=True,
     ),
     **{
-        f"persistent-{kernel}-{name}": Mutant(
-            f"kernels/{kernel}.py", *edit, f"{_TILES} test_persistent_{kernel} and five'"
-        )
+        f"persistent-{kernel}-{name}": Mutant(file, *edit, f"{_TILES} test_persistent_{kernel} and five'")
         for kernel in ("layernorm_linear", "linear_residual")
-        for name, edit in _PERSISTENT.items()
+        for file, edits in (("kernels/gemm.py", _STEPS), (f"kernels/{kernel}.py", _LOOP))
+        for name, edit in edits.items()
     },
 }
