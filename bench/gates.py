@@ -16,6 +16,7 @@ TENSOR = {
 COPIES = {"patch_embed", "layernorm_linear", "linear_residual", "attention"}
 ASYNC = re.compile("sm_")
 NO_DOT = {"layernorm", "residual_epilogue"}
+GEMMS = COPIES - {"attention"}
 
 
 @dataclass(frozen=True)
@@ -59,9 +60,8 @@ class Row:
 
 def requirements(row: Row) -> Exemption:
     strict = Exemption(row.kernel, "", "", tensor="" if row.kernel in NO_DOT else TENSOR[row.arch])
-    if row.config.get("BLOCK_M", 64) < 64 and TENSOR[row.arch] in (
-        "HGMMA",
-        "UTCHMMA",
+    if (
+        row.kernel in GEMMS and row.config["BLOCK_M"] < 64 and TENSOR[row.arch] in ("HGMMA", "UTCHMMA")
     ):  # which multiply 64 rows or more
         strict = replace(strict, tensor=strict.tensor and "HMMA")
     found = next((e for e in EXEMPTIONS if e.covers(row)), strict)

@@ -209,8 +209,10 @@ def attention_default(dtype: torch.dtype, arch: str, B: int, N: int, H: int, d: 
         rows = 16 if arch.startswith("gfx11") else 32 if d % 32 else 64
         return {"BLOCK_M": rows, "BLOCK_N": 16, "num_warps": 8, "num_stages": 2}
     config = {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2}
-    if arch == "sm_80":  # four warps spill under Triton 3.6 where there are two slices
-        return config | {"BLOCK_N": 32, "num_warps": 8 if d % 64 else 4, "num_stages": 3}
+    if arch == "sm_80" and 64 < d < 96:  # tiles of a lower bound spill 8 or 16 bytes under Triton 3.6
+        return config | {"BLOCK_M": 64, "BLOCK_N": 128, "num_stages": 3}
+    if arch == "sm_80":
+        return config | {"BLOCK_N": 32, "num_warps": 4, "num_stages": 3}
     if arch in ("sm_86", "sm_89", "sm_120") or arch.startswith("gfx11"):
         return config | {"BLOCK_N": 32, "num_stages": 2 if arch.startswith("gfx11") else 3}
     if arch == "sm_100":
