@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from .gemm import device_guard, gpu_arch, input_precision, multiprocessors
+from .launch import empty, launch
 from .tiles import attention_default, attention_tiles, default_first
 
 
@@ -161,11 +162,13 @@ def attention_configs(dtype: torch.dtype, arch: str, B: int, N: int, H: int, d: 
 def attention(qkv: torch.Tensor, config: dict[str, int] | None = None) -> torch.Tensor:
     """`[B, N, 3, H, d]` → `[B, N, H, d]`."""
     B, N, _, H, d = qkv.shape
-    out = torch.empty((B, N, H, d), dtype=qkv.dtype, device=qkv.device)
+    out = empty((B, N, H, d), qkv.dtype, qkv.device)
     with device_guard(qkv):
         config = dict(config or attention_default(qkv.dtype, gpu_arch(), B, N, H, d, multiprocessors()))
         first, second = head_slices(d, config.pop("PAD", False))
-        _attention_kernel[(triton.cdiv(N, config["BLOCK_M"]) * B * H,)](
+        launch(
+            _attention_kernel,
+            (-(-N // config["BLOCK_M"]) * B * H,),
             qkv,
             out,
             N,

@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 
 from .gemm import device_guard, gpu_arch, input_precision
+from .launch import empty, launch
 
 
 @triton.jit
@@ -220,18 +221,20 @@ def attention_pool(
     with device_guard(y):
         config = config or attention_pool_config(y.dtype, gpu_arch(), B, N)
     pool, value = config["pool"], dict(config["value"])
-    splits = triton.cdiv(N, pool["BLOCK_N"])
+    splits = -(-N // pool["BLOCK_N"])
     BLOCK_M = value.pop("BLOCK_M")
     BLOCK_S = min(BLOCK_M, triton.next_power_of_2(splits))
     IMAGES = BLOCK_M // BLOCK_S
     precision = input_precision(y.dtype)
     # 16-bit tokens are exact in TF32, so only S is rounded there (to 10 bits of mantissa).
     score_precision = precision if y.dtype == torch.float32 or torch.version.hip else "tf32"
-    pooled = torch.empty((B, splits, H, D), dtype=y.dtype, device=y.device)
-    logsumexp = torch.empty((B, splits, H), dtype=torch.float32, device=y.device)
-    out = torch.empty((B, D), dtype=y.dtype, device=y.device)
+    pooled = empty((B, splits, H, D), y.dtype, y.device)
+    logsumexp = empty((B, splits, H), torch.float32, y.device)
+    out = empty((B, D), y.dtype, y.device)
     with device_guard(y):
-        _pool_kernel[B, splits](
+        launch(
+            _pool_kernel,
+            (B, splits),
             y,
             scores_weight,
             pooled,
@@ -244,7 +247,9 @@ def attention_pool(
             BLOCK_H=max(16, triton.next_power_of_2(H)),
             **pool,
         )
-        _value_kernel[triton.cdiv(B, IMAGES), H, triton.cdiv(D // H, value["BLOCK_N"])](
+        launch(
+            _value_kernel,
+            (-(-B // IMAGES), H, -(-(D // H) // value["BLOCK_N"])),
             pooled,
             logsumexp,
             value_weight,

@@ -174,7 +174,7 @@ def gelu_tanh(x):
 
 
 def gemm_grid(M: int, N: int, config: dict[str, int]) -> tuple[int, int]:
-    tiles = triton.cdiv(M, config["BLOCK_M"]) * triton.cdiv(N, config["BLOCK_N"])
+    tiles = -(-M // config["BLOCK_M"]) * -(-N // config["BLOCK_N"])
     programs = min(tiles, multiprocessors()) if config.get("PERSISTENT") else tiles
     return programs, config.get("SPLIT_K", 1)
 

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from .gemm import device_guard
+from .launch import empty, launch
 from .moments import read_moments
 
 CONFIG = {"BLOCK_M": 8, "BLOCK_N": 256, "num_warps": 4}
@@ -59,9 +60,9 @@ def layernorm(
     """`[..., D]` → `[..., D]`."""
     D = x.shape[-1]
     M = x.numel() // D
-    out = torch.empty_like(x)
+    out = empty(x.shape, x.dtype, x.device)
     config = config or CONFIG
-    grid = (triton.cdiv(M, config["BLOCK_M"]), triton.cdiv(D, config["BLOCK_N"]))
+    grid = (-(-M // config["BLOCK_M"]), -(-D // config["BLOCK_N"]))
     with device_guard(x):
-        _layernorm_kernel[grid](x, moments, weight, bias, out, M, eps, D=D, **config)
+        launch(_layernorm_kernel, grid, x, moments, weight, bias, out, M, eps, D=D, **config)
     return out

@@ -29,6 +29,7 @@ from .gemm import (
     persistent_steps,
     tile_origin,
 )
+from .launch import empty, launch
 from .moments import read_moments
 from .tiles import default_first, gemm_configs, gemm_default, tma_configs
 
@@ -162,11 +163,13 @@ def layernorm_linear(
     """`[..., K]` → `[..., N]`."""
     N, K = weight.shape
     M = x.numel() // K
-    out = torch.empty((*x.shape[:-1], N), dtype=weight.dtype, device=x.device)
+    out = empty((*x.shape[:-1], N), weight.dtype, x.device)
     with device_guard(x):
         config = config or default_config(x, weight)
         x_operand, w_operand = gemm_operands(x, weight, config)
-        _layernorm_linear_kernel[gemm_grid(M, N, config)](
+        launch(
+            _layernorm_linear_kernel,
+            gemm_grid(M, N, config),
             x_operand,
             moments,
             w_operand,

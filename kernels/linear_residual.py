@@ -28,6 +28,7 @@ from .gemm import (
     persistent_steps,
     tile_origin,
 )
+from .launch import empty, launch
 from .moments import MOMENT_BLOCK, empty_moments, write_moments
 from .residual_epilogue import residual_epilogue_into
 from .tiles import default_first, gemm_configs, gemm_default, split_tiles, tma_configs, whole_waves
@@ -146,7 +147,7 @@ def linear_residual(
     N, K = weight.shape
     M = x.numel() // K
     dtype = x.dtype if residual is None else residual.dtype
-    out = torch.empty((*x.shape[:-1], N), dtype=dtype, device=x.device)
+    out = empty((*x.shape[:-1], N), dtype, x.device)
     moments = empty_moments(M, N, x.device)
     with device_guard(x):
         config = dict(config or default_config(x, weight, split=True))
@@ -166,8 +167,10 @@ def _launch(x, weight, bias, residual, out, moments, config: dict[str, int]) -> 
     M, (N, K) = len(x), weight.shape
     splits = config.get("SPLIT_K", 1)
     x_operand, w_operand = gemm_operands(x, weight, config)
-    sums = torch.empty((splits, M, N), dtype=torch.float32, device=x.device) if splits > 1 else out
-    _linear_residual_kernel[gemm_grid(M, N, config)](
+    sums = empty((splits, M, N), torch.float32, x.device) if splits > 1 else out
+    launch(
+        _linear_residual_kernel,
+        gemm_grid(M, N, config),
         x_operand,
         w_operand,
         bias,

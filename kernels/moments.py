@@ -10,6 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .launch import empty
+
 MOMENT_BLOCK = tl.constexpr(64)
 
 
@@ -57,4 +59,4 @@ def read_moments(moments_ptr, rows, M, D: tl.constexpr, eps):
 
 
 def empty_moments(rows: int, D: int, device: torch.device) -> torch.Tensor:
-    return torch.empty((rows, 2, triton.cdiv(D, MOMENT_BLOCK.value)), dtype=torch.float32, device=device)
+    return empty((rows, 2, -(-D // MOMENT_BLOCK.value)), torch.float32, device)

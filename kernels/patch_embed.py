@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from .gemm import device_guard, gemm_grid, gpu_arch, input_precision, multiprocessors, tile_origin
+from .launch import empty, launch
 from .moments import empty_moments, write_moments
 from .tiles import default_first, gemm_configs, gemm_default
 
@@ -90,11 +91,13 @@ def patch_embed(
     D, K = weight.shape
     N = position.shape[0]
     stride_b, stride_c, stride_h, stride_w = pixel_values.stride()
-    out = torch.empty((B, N, D), dtype=position.dtype, device=weight.device)
+    out = empty((B, N, D), position.dtype, weight.device)
     moments = empty_moments(B * N, D, weight.device)
     with device_guard(pixel_values):
         config = config or gemm_default(weight.dtype, gpu_arch(), B * N, D, K, sms=multiprocessors())
-        _patch_embed_kernel[gemm_grid(B * N, D, config)](
+        launch(
+            _patch_embed_kernel,
+            gemm_grid(B * N, D, config),
             pixel_values,
             weight,
             bias,

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from .gemm import device_guard
+from .launch import empty, launch
 from .moments import empty_moments, write_moments
 
 
@@ -58,7 +59,7 @@ def residual_epilogue(
     """`[S, ..., N]` → `[..., N]` in `dtype` and its moments. Where there is nothing to do, out is partials[0] itself."""
     S, N = partials.shape[0], partials.shape[-1]
     finished = S == 1 and partials.dtype == dtype and bias is None and residual is None
-    out = None if finished else torch.empty(partials.shape[1:], dtype=dtype, device=partials.device)
+    out = None if finished else empty(partials.shape[1:], dtype, partials.device)
     moments = empty_moments(partials.numel() // (S * N), N, partials.device)
     residual_epilogue_into(partials, bias, residual, out, moments)
     return partials[0] if finished else out, moments
@@ -73,6 +74,7 @@ def residual_epilogue_into(
 ) -> None:
     """The same into tensors that are there; no out where there is nothing to do."""
     M, N = len(moments), partials.shape[-1]
-    grid = (triton.cdiv(M, CONFIG["BLOCK_M"]), triton.cdiv(N, CONFIG["BLOCK_N"]))
+    grid = (-(-M // CONFIG["BLOCK_M"]), -(-N // CONFIG["BLOCK_N"]))
     with device_guard(partials):
-        _residual_epilogue_kernel[grid](partials, bias, residual, out, moments, M, N=N, SPLITS=len(partials), **CONFIG)
+        splits = len(partials)
+        launch(_residual_epilogue_kernel, grid, partials, bias, residual, out, moments, M, N=N, SPLITS=splits, **CONFIG)

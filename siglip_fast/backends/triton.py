@@ -11,6 +11,7 @@ import torch
 from siglip_fast.kernels.attention import attention
 from siglip_fast.kernels.attention_pool import attention_pool
 from siglip_fast.kernels.gemm import gpu_arch, input_precision
+from siglip_fast.kernels.launch import call
 from siglip_fast.kernels.layernorm import layernorm
 from siglip_fast.kernels.layernorm_linear import layernorm_linear
 from siglip_fast.kernels.linear_residual import linear_residual
@@ -81,7 +82,7 @@ class Backend:
         LOADER.load(
             key, tensor, lambda: _choices(name, dims, tensor.dtype, selection), lambda each: RUN[name](each, *few())
         )
-        return RUN[name](choice, *args)
+        return RUN[name](choice, *args) if choice.route == "triton" else call(RUN[name], choice, *args)
 
     def _selection(self, device: torch.device) -> Any:
         if self._selection_on is None:

@@ -1,5 +1,6 @@
 """Towers whose forward can be recorded as CUDA graphs: `model.capture()`."""
 
+import functools
 import logging
 from collections.abc import Callable, Sequence
 
@@ -82,8 +83,8 @@ class Captured(Tuned):
                 image, embeddings = self._example(image_size), self._tower.embeddings
                 interpolate = must_interpolate(embeddings, image_size, image_size)
                 position = position_of(embeddings, image[None], interpolate)
-                run, ops, weights = derived.run, derived.ops, derived.weights
-                derived.graphs = Graphs(lambda pixels: run(ops, weights, pixels, position), batch_sizes, image)
+                forward = functools.partial(derived.forward, derived.ops, derived.weights, position=position)
+                derived.graphs = Graphs(forward, batch_sizes, image)
             return derived.graphs
 
     def _example(self, image_size: int) -> Tensor:

@@ -44,7 +44,7 @@ class IdeficsTower(Fused):
             derived, reason = self._route(pixel_values, patch_attention_mask, **kwargs)
             if reason is None:
                 position = self._position(pixel_values)
-                last_hidden_state, _ = derived.run(derived.ops, derived.weights, pixel_values, position)
+                last_hidden_state, _ = derived.run(pixel_values, position)
                 output = self.output_class(last_hidden_state=last_hidden_state)
                 return in_asked_form(output, self.config, kwargs)
             self._delegate(reason)

@@ -32,7 +32,7 @@ def circumstances(
 ) -> Iterator[str | None]:
     """What speaks against the fused forward here and now, whatever the model computes; `weight` is of its patch embedding."""
     yield patched_reason(stock)
-    if getattr(model, "_is_replica", False):
+    if "_is_replica" in vars(model):
         yield "this is a replica of torch.nn.DataParallel"
     if type(pixel_values) not in (Tensor, nn.Parameter, nn.Buffer):
         yield f"pixel_values are a {type(pixel_values).__name__}, not a plain tensor"
@@ -92,8 +92,9 @@ def keyword_reasons(config: Any, kwargs: dict[str, Any], ignored: tuple[str, ...
 def attention_reasons(tower: nn.Module) -> Iterator[str]:
     """Why the attention of transformers' encoder layers has to run as stock's: its implementation, or dropout."""
     layers = descendant(tower, "encoder", "layers")
-    attentions = [layer._modules.get("self_attn") for layer in layers or ()]
-    for name in sorted({m.config._attn_implementation for m in attentions if hasattr(m, "config")}):
+    attentions = [layer._modules.get("self_attn") for layer in (() if layers is None else layers._modules.values())]
+    configs = {id(config): config for m in attentions if (config := getattr(m, "config", None)) is not None}
+    for name in sorted({config._attn_implementation for config in configs.values()}):
         if name not in _EXACT_ATTENTION:
             yield f"attention implementation {name!r} was asked for"
         elif not _is_transformers_own(ALL_ATTENTION_FUNCTIONS.get(name)):

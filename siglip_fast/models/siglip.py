@@ -60,7 +60,7 @@ class SiglipTower(Traced, Captured, TakesUint8):
 
     @property
     def _tower(self) -> nn.Module:
-        return getattr(self, "vision_model", self)  # nested until transformers 5.6
+        return self._modules.get("vision_model", self)  # nested until transformers 5.6
 
     def _request_reasons(self, interpolate_pos_encoding: bool = False, **kwargs) -> Iterator[str]:
         # ModernVBERT passes a patch_attention_mask, which no attention of transformers reads
@@ -91,8 +91,7 @@ class SiglipTower(Traced, Captured, TakesUint8):
         if normalize is None and pixel_values.dtype not in DTYPES:
             pixel_values = pixel_values.to(position.dtype)
         collect = hidden_states and hidden_states.collect
-        weights = derived.for_uint8(normalize) if normalize else derived.weights
-        outputs = derived.run(derived.ops, weights, pixel_values, position, collect)
+        outputs = derived.run(pixel_values, position, collect, normalize)
         return self._output(outputs, kwargs, hidden_states and tuple(hidden_states.kept))
 
     def _output(

@@ -129,8 +129,7 @@ class VisionTransformer(Fused, stock.VisionTransformer):
         derived, reason = self._route(x, *args, **kwargs)
         if reason is not None:
             return self._delegate(reason)
-        weights = derived.weights if pool else derived.weights._replace(head=None)
-        return derived.run(derived.ops, weights, x, self.pos_embed[0])
+        return derived.run(x, self.pos_embed[0], head=pool)
 
     def _call_reasons(self, pixel_values: Tensor, *args, **kwargs) -> Iterator[str]:
         yield from super()._call_reasons(pixel_values, *args, **kwargs)

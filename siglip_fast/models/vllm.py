@@ -103,7 +103,7 @@ class FastSiglipVisionTransformer(Fused, siglip.SiglipVisionTransformer):
             if reason is None:
                 stream, position = [], self.embeddings.position_embedding.weight
                 collect = stream.append if every else None
-                last, _ = derived.run(derived.ops, derived.weights, pixel_values, position, collect)
+                last, _ = derived.run(pixel_values, position, collect)
                 derived.is_new = False
                 return stream if every else last
         except Exception as error:  # a server has to come up, whatever happens on a GPU that nobody has tried

@@ -5,6 +5,7 @@ parameters' own memory, unless the backend packs weights, or autocast's dtype is
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,9 +13,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from ..backends.select import is_capturing
-from ..forward import HeadWeights, LayerWeights, TowerWeights, forward, forward_in_autocast
+from ..forward import HeadWeights, LayerWeights, Outputs, TowerWeights, forward, forward_in_autocast
 from ..ops import Linear, Norm, NormedLinear, Ops, PatchEmbedding, Pool
+from ..running import plans
 from ..running.graphs import Graphs
+from ..running.plans import Plans
 from ..running.uint8 import Normalization
 from ..tuning.cache import Selection
 from .anatomy import Anatomy, Unsupported
@@ -32,10 +35,11 @@ class Derived:
         self._dtype = dtype
         self._anatomy = anatomy
         self.ops = Ops(backend, Selection.load)
-        self.run = forward if dtype is None else forward_in_autocast
+        self.forward = forward if dtype is None else forward_in_autocast
         self.weights: TowerWeights | None = None
         self.graphs: Graphs | None = None  # CUDA graphs that read them
         self._uint8: dict[Normalization, TowerWeights] = {}
+        self._plans: dict[tuple, Plans] = {}
         self._reason: str | None = None
         self.is_new = True  # no forward has run on them
 
@@ -50,6 +54,31 @@ class Derived:
             except Unsupported as unsupported:
                 self._reason = str(unsupported)
         return self._reason
+
+    def run(
+        self,
+        pixel_values: Tensor,
+        position: Tensor,
+        collect: Callable[[Tensor], None] | None = None,
+        normalization: Normalization | None = None,
+        head: bool = True,
+    ) -> Outputs:
+        """`siglip_fast.forward.forward` on these weights, without pooling if `head` is False; by a plan where there can be one.
+
+        With `normalization` pixel_values are uint8 images that it is to be applied to (`folds`).
+        """
+        if collect is None and self.ops.backend == "triton" and plans.applies(pixel_values):
+            planned = self._plans.get((normalization, head))
+            if planned is None:
+                weights = self._weights(normalization, head)
+                planned = Plans(functools.partial(self.forward, self.ops, weights), weights)
+                self._plans[normalization, head] = planned
+            return planned(pixel_values, position)
+        return self.forward(self.ops, self._weights(normalization, head), pixel_values, position, collect)
+
+    def _weights(self, normalization: Normalization | None, head: bool) -> TowerWeights:
+        weights = self.for_uint8(normalization) if normalization else self.weights
+        return weights if head else weights._replace(head=None)
 
     def folds(self, normalization: Normalization) -> bool:
         """Whether `for_uint8` is to be used; else images are normalised first. So do torch and oneDNN, which round their

@@ -1,0 +1,216 @@
+"""Launch plans: the first forward of a shape notes what it launches, and the later ones launch just that.
+
+A plan holds compiled kernels, their grids and arguments, and where what they leave for each other lies in one piece of
+memory. Each forward takes that piece and its outputs from torch's allocator, so threads and streams share nothing, and
+no memory is kept between forwards. The addresses of weights are part of a plan, which is dropped together with the
+derived weights that it was made on (`siglip_fast.models.weights.Derived`).
+"""
+
+import threading
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+from triton.runtime import driver
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from siglip_fast.kernels.gemm import device_guard, input_precision
+from siglip_fast.kernels.launch import recording
+
+from ..backends.select import is_capturing, is_for_graph
+from ..forward import Outputs
+from .recorder import Call, Description, Launch, Recorder, View, arrange
+
+MOST = 64  # plans that are kept for a model
+
+Forward = Callable[[Tensor, Tensor], Outputs]
+
+
+def applies(tensor: Tensor) -> bool:
+    """Whether forwards on its device can be planned."""
+    return tensor.is_cuda
+
+
+class Plans:
+    """The plans of a `forward(pixel_values, position)` on certain weights, one a shape of its inputs."""
+
+    def __init__(self, forward: Forward, weights: Any):
+        self._forward = forward
+        self._weights = weights
+        self._dtype = weights.patch.weight.dtype
+        self._plans: dict[tuple, Plan | None] = {}  # None: what that forward does cannot be repeated
+        self._lock = threading.Lock()
+
+    def __call__(self, pixel_values: Tensor, position: Tensor) -> Outputs:
+        key = self._key(pixel_values, position)
+        plan = self._plans.get(key)
+        if plan is not None and not _is_profiled():
+            return plan(pixel_values, position)
+        if key in self._plans or is_capturing(pixel_values) or not self._lock.acquire(blocking=False):
+            return self._forward(pixel_values, position)
+        try:
+            recorder = Recorder([pixel_values, position], self._weights)
+            with recording(recorder):
+                outputs = self._forward(pixel_values, position)
+            kept = self._plans if len(self._plans) < MOST else {}
+            self._plans = {**kept, key: plan_of(recorder, outputs)}
+            return outputs
+        finally:
+            self._lock.release()
+
+    def _key(self, pixel_values: Tensor, position: Tensor) -> tuple:
+        """All that kernels, grids and constants depend on, beside the weights."""
+        return (
+            pixel_values.shape,
+            pixel_values.stride(),
+            pixel_values.dtype,
+            pixel_values.data_ptr() % 16,  # for other alignments Triton has other kernels
+            pixel_values.is_neg(),  # such are copied first
+            position.shape,
+            position.stride(),
+            position.dtype,
+            position.data_ptr() % 16,
+            is_for_graph(),
+            input_precision(self._dtype) if self._dtype is torch.float32 else None,
+        )
+
+
+def _is_profiled() -> bool:
+    """Whether somebody, such as Triton's profiler, is to be called at each launch."""
+    runtime = triton.knobs.runtime
+    return any(getattr(hook, "calls", hook) for hook in (runtime.launch_enter_hook, runtime.launch_exit_hook))
+
+
+def plan_of(recorder: Recorder, outputs: Outputs) -> "Plan | None":
+    """None where what was recorded cannot be repeated."""
+    views = tuple(map(recorder.output, outputs))
+    return None if recorder.reason else Plan(recorder, views)
+
+
+class Plan:
+    """What a forward on inputs of one shape launches."""
+
+    def __init__(self, recorder: Recorder, outputs: tuple[View | None, ...]):
+        offsets, self.workspace = arrange(recorder.buffers)  # in bytes
+        self._outputs = [view and view.buffer for view in outputs]
+        returned = {buffer for step in recorder.steps if isinstance(step, Call) for buffer in step.results}
+        self._written = {view.buffer: view for view in outputs if view and view.buffer not in returned}
+        self._parts = [Part(call, launches, offsets) for call, launches in _parts(recorder.steps)]
+
+    def __call__(self, *inputs: Tensor) -> Outputs:
+        device = inputs[0].device
+        with device_guard(inputs[0]):
+            given = dict(enumerate(inputs))
+            for buffer, view in self._written.items():
+                given[buffer] = torch.empty(view.shape, dtype=view.dtype, device=device)
+            piece = torch.empty(self.workspace, dtype=torch.uint8, device=device)
+            stream = driver.active.get_current_stream(driver.active.get_current_device())
+            for part in self._parts:
+                part(given, piece, stream)
+        return tuple(None if buffer is None else given[buffer] for buffer in self._outputs)
+
+
+class Prepared:
+    """A launch whose arguments are complete but for the stream and the addresses of buffers."""
+
+    STREAM = 3  # place among the arguments of a compiled kernel's `run`
+
+    def __init__(self, launch: Launch):
+        compiled, grid, arguments = launch
+        # As Triton launches: launch metadata and two hooks, of which `_is_profiled` says that there are none.
+        head = [*(*grid, 1, 1)[:3], 0, compiled.function, compiled.packed_metadata, None, None, None]
+        placed = enumerate([*head, *arguments])
+        views = [(i, a) for i, a in placed if isinstance(a, (View, Description))]
+        self._run, self._arguments = compiled.run, [*head, *arguments]
+        self._views = [(i, a.buffer, a.offset) for i, a in views if isinstance(a, View)]
+        self._descriptions = [(i, a) for i, a in views if isinstance(a, Description)]
+        self.buffers = {buffer for _, buffer, _ in self._views} | {a.matrix.buffer for _, a in self._descriptions}
+
+    def at(self, stream: int, addresses: dict[int, int]) -> tuple[Callable, list]:
+        """The function that launches, and its arguments."""
+        arguments = self._arguments.copy()
+        arguments[self.STREAM] = stream
+        for i, buffer, offset in self._views:
+            arguments[i] = addresses[buffer] + offset
+        for i, (matrix, block_shape) in self._descriptions:
+            base = Address(addresses[matrix.buffer] + matrix.offset, matrix.dtype)
+            arguments[i] = TensorDescriptor(base, [*matrix.shape], [*matrix.stride], block_shape)
+        return self._run, arguments
+
+
+class Address(NamedTuple):
+    """What a tensor descriptor needs to know of its tensor."""
+
+    address: int
+    dtype: torch.dtype
+
+    def data_ptr(self) -> int:
+        return self.address
+
+
+class Bound(NamedTuple):
+    """Launches with the addresses that they were last made with, which are mostly those of the next time."""
+
+    own: tuple[int, int]  # stream, address of the plan's own piece of memory
+    given: list[int]
+    launches: list[tuple[Callable, list]]
+
+
+class Part:
+    """Maybe a call, then launches. `offsets` are those of buffers in the plan's own piece of memory."""
+
+    def __init__(self, call: Call | None, launches: list[Launch], offsets: dict[int, int]):
+        self._call, self._offsets = call, offsets
+        self._launches = [Prepared(launch) for launch in launches]
+        self._given = sorted({buffer for launch in self._launches for buffer in launch.buffers} - set(offsets))
+        # Users keep outputs, so their addresses change more often than that of the piece.
+        self._use_given = [i for i, launch in enumerate(self._launches) if not launch.buffers <= set(offsets)]
+        self._bound: Bound | None = None
+
+    def __call__(self, given: dict[int, Tensor], piece: Tensor, stream: int) -> None:
+        """`given` has the other buffers; what the call returns is added to it."""
+        if self._call is not None:
+            self._make(given, piece)
+        own, addresses = (stream, piece.data_ptr()), [given[buffer].data_ptr() for buffer in self._given]
+        bound = self._bound
+        if bound is None or bound.own != own:
+            bound = self._bind(own, addresses, range(len(self._launches)), [None] * len(self._launches))
+        elif bound.given != addresses:
+            bound = self._bind(own, addresses, self._use_given, bound.launches.copy())
+        for run, arguments in bound.launches:
+            run(*arguments)
+
+    def _bind(self, own: tuple[int, int], given: list[int], which: Iterable[int], launches: list) -> Bound:
+        stream, piece = own
+        addresses = {buffer: piece + offset for buffer, offset in self._offsets.items()}
+        addresses |= zip(self._given, given, strict=True)
+        for i in which:
+            launches[i] = self._launches[i].at(stream, addresses)
+        self._bound = Bound(own, given, launches)
+        return self._bound
+
+    def _make(self, given: dict[int, Tensor], piece: Tensor) -> None:
+        function, args, results = self._call
+        with torch.no_grad():
+            result = function(*(self._tensor(arg, given, piece) if isinstance(arg, View) else arg for arg in args))
+        given.update(zip(results, (t for t in tree_leaves(result) if isinstance(t, Tensor)), strict=True))
+
+    def _tensor(self, view: View, given: dict[int, Tensor], piece: Tensor) -> Tensor:
+        own = self._offsets.get(view.buffer)
+        base = given[view.buffer] if own is None else piece.view(view.dtype)
+        offset = (view.offset + (own or 0)) // view.dtype.itemsize
+        return base.as_strided(view.shape, view.stride, base.storage_offset() + offset)
+
+
+def _parts(steps: list[Launch | Call]) -> list[tuple[Call | None, list[Launch]]]:
+    """Each call with the launches up to the next."""
+    parts: list[tuple[Call | None, list[Launch]]] = [(None, [])]
+    for step in steps:
+        if isinstance(step, Call):
+            parts.append((step, []))
+        else:
+            parts[-1][1].append(step)
+    return parts

@@ -1,0 +1,317 @@
+"""Launch plans give the bits of the forward that they were made from, whatever memory they run in, and go with its weights."""
+
+import gc
+import threading
+import weakref
+
+import pytest
+import torch
+import triton
+from device import ON_GPU
+from interpreted import Compiled, planned
+from models import TINY, drop_in, stock_model
+from torch.utils._pytree import tree_leaves
+from transformers import SiglipVisionConfig
+
+from siglip_fast.backends import triton as triton_backend
+from siglip_fast.backends.choice import Choice
+from siglip_fast.running import plans
+from siglip_fast.running.recorder import ALIGNMENT, Recorder, arrange
+
+pytestmark = pytest.mark.skipif(ON_GPU, reason="the interpreter stands for compiled kernels here")
+
+
+@pytest.fixture(autouse=True)
+def interpreted():
+    with planned():
+        yield
+
+
+@pytest.fixture
+def model():
+    return make_model()
+
+
+def make_model(dtype=torch.float32, **changes):
+    small = TINY | {"num_hidden_layers": 1, "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 48}
+    stock = stock_model(SiglipVisionConfig(**small | changes)).to(dtype)
+    return drop_in(stock, backend="triton", strict=True)
+
+
+def images(count, size=24, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(count)
+    return torch.randn(count, 3, size, size, generator=generator).to(dtype)
+
+
+def unplanned(model, pixels, **kwargs):
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(plans, "applies", lambda tensor: False)
+        return model(pixels, **kwargs)
+
+
+def check(model, pixels, launched=True, **kwargs):
+    """Three forwards on different images, each equal to what is launched operation by operation."""
+    kept = []
+    for shift in range(3):
+        Compiled.launched = 0
+        with torch.no_grad():
+            output = model(pixels + shift, **kwargs)
+        assert (Compiled.launched > 0) == (launched and shift > 0)
+        kept.append((output, unplanned(model, pixels + shift, **kwargs)))
+    for output, expected in kept:  # afterwards: a later forward must not write into an earlier one's output
+        for tensor, wanted in zip(tree_leaves(dict(output)), tree_leaves(dict(expected)), strict=True):
+            assert torch.equal(tensor, wanted)
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_same_bits(count, dtype):
+    check(make_model(dtype), images(count, dtype=dtype))
+
+
+def test_batch_sizes_in_turns(model):
+    for count in (1, 3, 1, 2, 3):
+        with torch.no_grad():
+            output = model(images(count))
+        assert torch.equal(output.pooler_output, unplanned(model, images(count)).pooler_output)
+
+
+def test_without_head():
+    check(make_model(vision_use_head=False), images(2))
+
+
+def test_interpolated_positions(model):
+    check(model, images(2, 32), interpolate_pos_encoding=True)
+
+
+PIXELS = {
+    "transposed": lambda: images(2).permute(0, 1, 3, 2),
+    "every second": lambda: images(4)[::2],
+    "of another dtype": lambda: images(2).half(),
+    "at an odd address": lambda: torch.cat([torch.zeros(1), images(2).flatten()])[1:].view(2, 3, 24, 24),
+    "negated": lambda: torch._neg_view(images(2)),
+}
+
+
+@pytest.mark.parametrize("pixels", PIXELS)
+def test_pixels(model, pixels):
+    pixels = PIXELS[pixels]()
+    expected = unplanned(model, pixels)
+    with torch.no_grad():
+        for _ in range(3):
+            assert torch.equal(model(pixels).last_hidden_state, expected.last_hidden_state)
+
+
+def test_kernels_are_told_apart_by_the_alignment_of_pixels(model):
+    """The stand-in for a compiled kernel refuses another one."""
+    odd = PIXELS["at an odd address"]()
+    with torch.no_grad():
+        for pixels in (odd.clone(), odd, odd.clone(), odd):
+            assert torch.equal(model(pixels).pooler_output, unplanned(model, pixels).pooler_output)
+    assert len([plan for plan in plan_of(model) if plan]) == 2
+
+
+def test_bytes(model):
+    pixels = torch.randint(0, 256, (2, 3, 24, 24), dtype=torch.uint8)
+    with torch.no_grad():
+        outputs = [model.forward_uint8(pixels + shift) for shift in range(3)]
+    assert Compiled.launched
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(plans, "applies", lambda tensor: False)
+        for shift, output in enumerate(outputs):
+            assert torch.equal(output.pooler_output, model.forward_uint8(pixels + shift).pooler_output)
+
+
+SPLIT = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 16, "GROUP_M": 8, "SPLIT_K": 2, "num_warps": 4, "num_stages": 3}
+BODY = {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 16, "GROUP_M": 8, "num_warps": 4, "num_stages": 3}
+
+
+@pytest.fixture
+def choose(monkeypatch):
+    """Operations run as this says by name."""
+    found = {}
+    for name, run in triton_backend.RUN.items():
+
+        def chosen(choice, *args, name=name, run=run):
+            return run(found.get(name, choice), *args)
+
+        monkeypatch.setitem(triton_backend.RUN, name, chosen)
+    return found
+
+
+@pytest.mark.parametrize("config", [SPLIT, BODY | {"TAIL": BODY | {"BLOCK_N": 128}}, BODY | {"PERSISTENT": True}])
+def test_other_configurations(model, choose, config):
+    choose["linear_residual"] = Choice("triton", config)
+    check(model, images(5))
+
+
+class Selection:
+    """The vendor's route for some operations."""
+
+    digest = "vendor"
+
+    def __init__(self, *names):
+        self._names = names
+
+    def choice(self, name, *_):
+        route = "sdpa" if name == "attention" else "vendor"
+        return Choice(route) if name in self._names else triton_backend.DEFAULT
+
+    def choices(self, *_):
+        return []
+
+
+@pytest.mark.parametrize("names", [["attention"], ["linear_residual"], ["layernorm"], [*triton_backend.RUN]])
+def test_vendors_routes(names, monkeypatch):
+    monkeypatch.setattr("siglip_fast.tuning.cache.Selection.load", lambda device: Selection(*names))
+    check(make_model(), images(2), launched=len(names) == 1)
+
+
+def test_a_plan_of_calls_alone_is_one(monkeypatch):
+    monkeypatch.setattr("siglip_fast.tuning.cache.Selection.load", lambda device: Selection(*triton_backend.RUN))
+    model = make_model()
+    with torch.no_grad():
+        model(images(2))
+    assert all(plan_of(model))
+
+
+def plan_of(model):
+    return [plan for each in model._current()._plans.values() for plan in each._plans.values()]
+
+
+def test_hidden_states_are_not_planned(model):
+    check(model, images(2), launched=False, output_hidden_states=True)
+
+
+def test_autocast_is_not_planned(model):
+    """Between the operations torch casts, which no plan would repeat."""
+    for _ in range(2):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            model(images(2))
+    assert not Compiled.launched
+
+
+def test_edits_are_seen(model):
+    check(model, images(2))
+    with torch.no_grad():
+        model.get_parameter("encoder.layers.0.mlp.fc2.weight" if not hasattr(model, "vision_model") else
+                            "vision_model.encoder.layers.0.mlp.fc2.weight").mul_(1.5)  # fmt: skip
+    check(model, images(2))
+    model.half()
+    check(model, images(2).half())
+
+
+def test_nothing_is_kept_of_dropped_weights(model):
+    check(model, images(2))
+    derived = weakref.ref(model._current())
+    gc.disable()
+    try:
+        model.forget_derived()
+        assert derived() is None, "freed by the garbage collector only"
+    finally:
+        gc.enable()
+
+
+def test_no_memory_between_forwards(model):
+    check(model, images(2))
+    gc.collect()
+    (plan,) = [plan for plan in plan_of(model) if plan]
+    held = [t for t in gc.get_objects() if isinstance(t, torch.Tensor) and t.dtype == torch.uint8]
+    assert not [t for t in held if t.numel() == plan.workspace]
+
+
+def test_the_workspace_is_no_larger_than_needed(model):
+    with torch.no_grad():
+        model(images(5))
+    (plan,) = plan_of(model)
+    rows, D, F = 5 * 9, 32, 48
+    # At most the stream and its successor, what lies between them, moments, and what alignment takes.
+    assert plan.workspace <= 4 * rows * (2 * D + max(3 * D + D, F)) + 2 * 8 * rows + 8 * ALIGNMENT
+
+
+def test_profilers_see_each_launch(model, monkeypatch):
+    check(model, images(2))
+    Compiled.launched = 0
+    monkeypatch.setattr(triton.knobs.runtime.launch_enter_hook, "calls", [print])
+    with torch.no_grad():
+        model(images(2))
+    assert not Compiled.launched
+
+
+def test_threads(model):
+    expected = {count: unplanned(model, images(count)) for count in (1, 2, 3)}
+    right = []
+
+    def work(count):
+        for _ in range(4):
+            with torch.no_grad():
+                right.append(torch.equal(model(images(count)).pooler_output, expected[count].pooler_output))
+
+    threads = [threading.Thread(target=work, args=(count,)) for count in (1, 2, 3, 1, 2, 3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert right == 24 * [True]
+
+
+def test_so_many_are_kept(model, monkeypatch):
+    monkeypatch.setattr(plans, "MOST", 2)
+    for count in (1, 2, 3):
+        check(model, images(count))
+    assert len(plan_of(model)) <= 2
+
+
+class TestRecorder:
+    def test_memory_that_no_operation_wrote(self):
+        recorder = Recorder([torch.zeros(2)], [])
+        recorder.launched("compiled", (1,), {"x": torch.zeros(3)})
+        assert "comes from no operation" in recorder.reason
+
+    def test_an_input_as_an_output(self):
+        pixels = torch.zeros(2)
+        recorder = Recorder([pixels], [])
+        assert recorder.output(pixels) is None and "not a buffer of its own" in recorder.reason
+
+    def test_a_part_of_a_buffer_as_an_output(self):
+        recorder, made = Recorder([], []), torch.zeros(4)
+        recorder.allocated(made)
+        assert recorder.output(made[:2]) is None and recorder.reason
+
+    def test_inputs_that_share_memory(self):
+        x = torch.zeros(4)
+        assert "shares memory" in Recorder([x[:2], x[2:]], []).reason
+
+    def test_memory_that_is_used_again_is_another_buffer(self):
+        """As torch's allocator hands out what was freed."""
+        recorder = Recorder([], [])
+        memory = bytearray(64)
+        for _ in range(2):
+            tensor = torch.frombuffer(memory, dtype=torch.float32)
+            recorder.allocated(tensor)
+            del tensor
+        assert recorder.reason is None and len(recorder.buffers) == 2
+
+
+def test_buffers_in_use_at_once_do_not_overlap():
+    generator = torch.Generator().manual_seed(0)
+
+    def random(most):
+        return int(torch.randint(most, (), generator=generator))
+
+    for _ in range(200):
+        recorder = Recorder([], [])
+        for _ in range(random(20)):
+            recorder.allocated(torch.zeros(random(3000), dtype=torch.uint8))
+            buffer = recorder.buffers[-1]
+            buffer.first, buffer.last = sorted([random(10), random(10)])
+            buffer.own = random(4) > 0
+        offsets, size = arrange(recorder.buffers)
+        assert set(offsets) == {i for i, buffer in enumerate(recorder.buffers) if buffer.own}
+        for i, a in offsets.items():
+            own = recorder.buffers[i]
+            assert a % ALIGNMENT == 0 and a + own.size <= size
+            for j, b in offsets.items():
+                other = recorder.buffers[j]
+                if i < j and own.first <= other.last and other.first <= own.last:
+                    assert a + own.size <= b or b + other.size <= a
