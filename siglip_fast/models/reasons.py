@@ -93,8 +93,11 @@ def attention_reasons(tower: nn.Module) -> Iterator[str]:
     """Why the attention of transformers' encoder layers has to run as stock's: its implementation, or dropout."""
     layers = descendant(tower, "encoder", "layers")
     attentions = [layer._modules.get("self_attn") for layer in (() if layers is None else layers._modules.values())]
-    configs = {id(config): config for m in attentions if (config := getattr(m, "config", None)) is not None}
-    for name in sorted({config._attn_implementation for config in configs.values()}):
+    configs: list[Any] = []
+    for module in attentions:
+        if hasattr(module, "config") and not (configs and module.config is configs[-1]):  # mostly they share one
+            configs.append(module.config)
+    for name in sorted({config._attn_implementation for config in configs}):
         if name not in _EXACT_ATTENTION:
             yield f"attention implementation {name!r} was asked for"
         elif not _is_transformers_own(ALL_ATTENTION_FUNCTIONS.get(name)):
