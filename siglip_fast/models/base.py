@@ -129,10 +129,14 @@ class Fused(nn.Module):
     def _route(self, pixel_values: Tensor, *args, **kwargs) -> tuple[Derived | None, str | None]:
         """The derived weights to run on, or the reason for running stock's code."""
         reason = next(self._call_reasons(pixel_values, *args, **kwargs), None)
-        if reason is not None:
-            return None, reason
+        return (None, reason) if reason is not None else self._checked()
+
+    def _checked(self) -> tuple[Derived, str | None]:
+        """The derived weights, of the tower as it is now, and the reason that lies in it for running stock's code."""
         derived = self._current()
-        return derived, derived.reason(owner=self)
+        reason = derived.reason(owner=self)
+        derived.is_trusted = reason is None
+        return derived, reason
 
     def _delegate(self, reason: str) -> None:
         """To be called before stock's code runs, for `reason`. Raises RuntimeError where `strict` is set."""

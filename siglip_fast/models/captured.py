@@ -10,7 +10,9 @@ from torch import Tensor
 from ..backends.select import is_capturing
 from ..forward import Outputs
 from ..running.graphs import RECORDING, Graphs
+from .outputs import asked_for
 from .position import must_interpolate, position_of
+from .reasons import autocast_dtype
 from .tuned import Tuned
 from .weights import Derived
 
@@ -76,6 +78,24 @@ class Captured(Tuned):
         if size and (interpolate or not must_interpolate(self._tower.embeddings, *pixel_values.shape[2:])):
             return graphs.replay(size, pixel_values)
         return None
+
+    def _route_while_replaying(
+        self, pixel_values: Tensor, interpolate: bool, **kwargs
+    ) -> tuple[Derived | None, str | None, Outputs | None]:
+        """As `_route`, and the outputs of a CUDA graph, where there is one for such images.
+
+        The graph of the last call begins first, and is checked to be of the tower as it is now while the GPU is busy: to
+        look takes a third of the time of one image. If it is not, its outputs are dropped.
+        """
+        reason = next(self._call_reasons(pixel_values, interpolate, **kwargs), None)
+        if reason is not None:
+            return None, reason, None
+        last = self._derived.get(autocast_dtype(pixel_values.device))
+        asked = asked_for("output_hidden_states", self.config, kwargs)
+        is_ready = last is not None and last.is_trusted and last.graphs is not None and not asked
+        outputs = self._replayed(last, pixel_values, interpolate) if is_ready else None
+        derived, reason = self._checked()
+        return derived, reason, outputs if derived is last and reason is None else None
 
     def _record(self, derived: Derived, batch_sizes: tuple[int, ...], image_size: int) -> Graphs:
         with RECORDING:

@@ -48,12 +48,16 @@ class SiglipTower(Traced, Captured, TakesUint8):
         compiling = torch.compiler.is_compiling()
         if compiling and torch.compiler.is_exporting():  # an exported program should not need this package
             return super().forward(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs)
-        derived, reason = self._route(pixel_values, interpolate_pos_encoding, **kwargs)
+        if compiling:
+            derived, reason = self._route(pixel_values, interpolate_pos_encoding, **kwargs)
+            outputs = None if reason else traced_forward(self, pixel_values, interpolate_pos_encoding)
+        else:
+            derived, reason, outputs = self._route_while_replaying(pixel_values, interpolate_pos_encoding, **kwargs)
         if reason is not None:
             self._delegate(reason)
             return super().forward(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs)
-        if compiling:
-            return self._output(traced_forward(self, pixel_values, interpolate_pos_encoding), kwargs)
+        if outputs is not None:
+            return self._output(outputs, kwargs)
         return self._fused(derived, pixel_values, interpolate_pos_encoding, kwargs)
 
     _own_forward = forward  # without what a subclass or a hook puts around it

@@ -24,6 +24,7 @@ class Source:
         `parameters` are the classes of parameters that are plain memory.
         """
         self.tower = tower
+        self.tensors = [*tower.parameters(), *tower.buffers()]
         self._root = [(name, vars(tower).get(name)) for name in watched]
         self._modules = modules = [m for m in tower.modules() if m is not tower]
         self._classes = [type(m) for m in modules]

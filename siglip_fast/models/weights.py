@@ -42,6 +42,7 @@ class Derived:
         self._plans: dict[tuple, Plans] = {}
         self._reason: str | None = None
         self.is_new = True  # no forward has run on them
+        self.is_trusted = False  # the last call that looked found no reason against them
 
     def reason(self, owner: nn.Module) -> str | None:
         """Why the tower cannot run on the operations, if it cannot. `owner` is the model whose forward is running."""

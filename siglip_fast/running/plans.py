@@ -99,6 +99,7 @@ class Plan:
         returned = {buffer for step in recorder.steps if isinstance(step, Call) for buffer in step.results}
         self._written = {view.buffer: view for view in outputs if view and view.buffer not in returned}
         self._parts = [Part(call, launches, offsets) for call, launches in _parts(recorder.steps)]
+        self.launches = sum(isinstance(step, Launch) for step in recorder.steps)
 
     def __call__(self, *inputs: Tensor) -> Outputs:
         device = inputs[0].device

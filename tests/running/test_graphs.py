@@ -14,6 +14,7 @@ from device import DEVICE
 from models import TINY, drop_in, stock_model
 from transformers import SiglipVisionConfig
 
+from siglip_fast.models.source import Source
 from siglip_fast.running import graphs
 
 
@@ -379,3 +380,43 @@ def test_outer_capture(model, stock):
     static.copy_(pixels(2, seed=7))
     graph.replay()
     torch.testing.assert_close(output[:], stock(pixels(2, seed=7))[:], atol=1e-4, rtol=0)
+
+
+def test_a_replay_begins_before_the_weights_are_checked(model, recorder, monkeypatch):
+    model.capture([1])
+    pixels = torch.randn(1, 3, 24, 24).to(DEVICE)
+    with torch.no_grad():
+        model(pixels)
+        recorder.replayed.clear()
+        begun = []
+        monkeypatch.setattr(Source, "is_unchanged", lambda self: begun.append(len(recorder.replayed)) or True)
+        model(pixels)
+    assert begun == [1] and recorder.replayed == [1]
+
+
+def test_a_replay_on_what_was_edited_is_dropped(model, recorder):
+    model.capture([1])
+    pixels = torch.randn(1, 3, 24, 24).to(DEVICE)
+    with torch.no_grad():
+        before = model(pixels).pooler_output
+        next(model.parameters()).mul_(2)
+        recorder.replayed.clear()
+        after = model(pixels).pooler_output
+        assert recorder.replayed == [1, 1]  # the old graph's, dropped, and the new one's
+        model._forget_graphs()
+        torch.testing.assert_close(after, model(pixels).pooler_output, rtol=0, atol=0)
+    assert not torch.equal(before, after)
+
+
+def test_nothing_is_replayed_in_vain_again_and_again(model, recorder):
+    model.capture([1])
+    pixels = torch.randn(1, 3, 24, 24).to(DEVICE)
+    seen = []
+    with torch.no_grad():
+        model(pixels)
+        layer = model.get_submodule(next(name for name, m in model.named_modules() if name.endswith("fc1")))
+        layer.register_forward_hook(lambda *_: seen.append(1))
+        recorder.replayed.clear()
+        for _ in range(3):
+            model(pixels)
+    assert recorder.replayed == [1] and len(seen) >= 3

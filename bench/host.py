@@ -1,0 +1,238 @@
+"""What a forward costs the host, beside as many bare launches of a kernel that does nothing. Needs no GPU, and measures none.
+
+    python bench/host.py [--markdown OUT]
+
+Triton believes that it has an sm_90; kernels are compiled for it, never loaded, and launched by a function that does
+nothing. So what is left is Python: Triton's launch path for the bare launches, whatever precedes a launch for ours. On a
+GPU each launch takes the driver's time too, on both sides. Forwards and launches take turns; figures are medians in µs.
+Copies into and out of a graph's memory go to tensors without memory: a CPU would really copy.
+The last table is a CPU's: the cpu backend's forward with its operations replaced by ones that compute nothing.
+"""
+
+import argparse
+import contextlib
+import ctypes
+import gc
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from unittest import mock
+
+os.environ.pop("TRITON_INTERPRET", None)  # interpreted kernels are not launched
+
+import torch
+import triton
+from siglip_fast.kernels.tiles import GPUS
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from siglip_fast import SiglipVisionModel
+from siglip_fast.backends import cpu, select
+from siglip_fast.files import atomic
+from siglip_fast.models.variants import config_for
+from siglip_fast.running import graphs, plans
+
+# Memory from a pool, as torch's CUDA allocator has one: M_MMAP_THRESHOLD and M_TRIM_THRESHOLD
+if os.uname().sysname == "Linux":
+    for parameter in (-3, -1):
+        ctypes.CDLL(None).mallopt(parameter, 2**31 - 1)
+
+MODELS = ("base-patch16-224", "so400m-patch14-384")
+ROUNDS = 60
+
+
+class Launcher:
+    def __init__(self, source, metadata):
+        pass
+
+    def __call__(self, *arguments):
+        pass
+
+
+class Driver:
+    """A Triton driver for a GPU that is not there: nothing is loaded or launched."""
+
+    launcher_cls = Launcher
+
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+    @property
+    def utils(self):
+        return self
+
+    def get_device_properties(self, device):
+        return {"multiprocessor_count": GPUS["sm_90"].sms, "max_shared_mem": 232448}
+
+    def load_binary(self, name, kernel, shared, device):
+        return 1, 1, 32, 0, 1024  # module, function, registers, spills, most threads
+
+    def unload_module(self, module):
+        pass
+
+
+class Recorder:
+    """In the place of `siglip_fast.running.graphs.Recorder`: a replay does nothing."""
+
+    def __init__(self, device):
+        pass
+
+    def record(self, run):
+        return (lambda: None), run()
+
+    def in_order(self):
+        return contextlib.nullcontext()
+
+
+@triton.jit
+def nothing(x_ptr, n):
+    pass
+
+
+@contextlib.contextmanager
+def pretended() -> Iterator[None]:
+    """CPU tensors go the way of those on an sm_90."""
+    driver.set_active(Driver())
+    with (
+        mock.patch.object(select, "_triton_unavailable", lambda device: None),
+        mock.patch.object(plans, "applies", lambda tensor: True),
+        mock.patch.object(graphs, "Recorder", Recorder),
+    ):
+        yield
+
+
+def medians(runs: dict[str, Callable[[], object]], rounds: int = ROUNDS) -> dict[str, float]:
+    """Of so many turns of each, in µs."""
+    samples: dict[str, list[float]] = {name: [] for name in runs}
+    for run in runs.values():
+        run()
+    gc.collect()
+    for _ in range(rounds):
+        for name, run in runs.items():
+            run()  # what ran before has left nothing of this one in the caches
+            start = time.perf_counter()
+            run()
+            samples[name].append(time.perf_counter() - start)
+    return {name: statistics.median(times) * 1e6 for name, times in samples.items()}
+
+
+def make_model(name: str, backend: str) -> SiglipVisionModel:
+    config = config_for(name)
+    with torch.device("meta"):
+        model = SiglipVisionModel(config, backend=backend, strict=True).to(torch.bfloat16)
+    model = model.to_empty(device="cpu").eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+        for name, buffer in model.named_buffers():
+            assert name.endswith("position_ids")
+            buffer.copy_(torch.arange(buffer.shape[1])[None])
+    return model
+
+
+def launches_of(model: SiglipVisionModel) -> int:
+    """By the plan of its last forward."""
+    plan = [plan for each in model._current()._plans.values() for plan in each._plans.values()][-1]
+    assert plan is not None, "the forward was not planned"
+    return plan.launches
+
+
+def without_memory(graph: graphs.Graph) -> graphs.Graph:
+    """Copies into it and out of it are dispatched, and copy nothing."""
+    return graph._replace(pixels=graph.pixels.to("meta"), outputs=tuple(out.to("meta") for out in graph.outputs))
+
+
+def on_gpu(name: str, batch: int) -> str:
+    """A row of the table."""
+    model, captured = make_model(name, "triton"), make_model(name, "triton")
+    size = model.config.image_size
+    pixels = torch.zeros(batch, 3, size, size, dtype=torch.bfloat16)
+    images = torch.zeros(batch, 3, size, size, dtype=torch.uint8)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    captured.capture([batch])
+    recorded = captured._current().graphs._graphs
+    recorded[batch] = without_memory(recorded[batch])
+    model(pixels)
+    count, argument = launches_of(model), torch.zeros(16)
+
+    def bare() -> None:
+        for _ in range(count):
+            nothing[(1,)](argument, 5)
+
+    times = medians(
+        {
+            "bare": bare,
+            "eager": lambda: model(pixels),
+            "uint8": lambda: model.forward_uint8(images),
+            "compiled": lambda: compiled(pixels),
+            "replay": lambda: captured(pixels),
+            "route": lambda: model._route(pixels),
+        }
+    )
+    ratios = (f"{times[key]:.0f} ({times[key] / times['bare']:.2f})" for key in ("eager", "uint8", "compiled"))
+    cells = [name, batch, count, f"{times['bare']:.0f}", *ratios, f"{times['replay']:.0f}", f"{times['route']:.0f}"]
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def on_cpu(name: str) -> str:
+    """A row of the table: one image."""
+    model = make_model(name, "cpu")
+    size = model.config.image_size
+    pixels = torch.zeros(1, 3, size, size, dtype=torch.bfloat16)
+    whole = medians({"whole": lambda: model(pixels)}, 8)["whole"]
+    y = torch.zeros(1, (size // model.config.patch_size) ** 2, model.config.hidden_size, dtype=torch.bfloat16)
+    qkv, heads = y.repeat(1, 1, 3), (model.config.num_attention_heads, -1)
+    nothing_at_all = {
+        "patch_embed": lambda *_: (y, None),
+        "layernorm_linear": lambda *_: qkv,
+        "attention": lambda *_: y.unflatten(2, heads),
+        "linear_residual": lambda x, *_: (y if x.ndim == 3 else y[:, 0], None),
+        "layernorm": lambda *_: y,
+        "attention_pool": lambda *_: y[:, 0],
+    }
+    with (
+        mock.patch.multiple(cpu, **nothing_at_all),
+        mock.patch.multiple("siglip_fast.ops", check_shape=lambda *_: None),
+    ):
+        times = medians({"host": lambda: model(pixels), "route": lambda: model._route(pixels)})
+    share = times["host"] / whole
+    return f"| {name} | {whole / 1e3:.1f} ms | {times['host']:.0f} | {share:.2%} | {times['route']:.0f} |"
+
+
+def report() -> Iterator[str]:
+    yield "| model | batch | launches | bare launches | eager | forward_uint8 | torch.compile | graph replay | of which route |"
+    yield "|---|---|---|---|---|---|---|---|---|"
+    with pretended(), torch.no_grad():
+        for name in MODELS:
+            for batch in (1, 8):
+                yield on_gpu(name, batch)
+    yield ""
+    yield "| cpu backend | forward, bf16 | host | share | of which route |"
+    yield "|---|---|---|---|---|"
+    with torch.no_grad():
+        yield from map(on_cpu, MODELS)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--markdown", type=Path, metavar="OUT")
+    arguments = parser.parse_args()
+    lines = []
+    for line in report():
+        print(line, flush=True)
+        lines.append(line)
+    if arguments.markdown:
+        with atomic(arguments.markdown) as file:
+            file.write("\n".join([*lines, ""]).encode())
+
+
+if __name__ == "__main__":
+    main()
