@@ -74,7 +74,7 @@ AnyLinear = TypeVar("AnyLinear", PatchEmbedding, Linear, NormedLinear)
 class Ops:
     """The operations on one backend: `Ops("torch")`, `Ops("cpu")` or `Ops("triton")`.
 
-    `selection_on` gives the choices for a device (`siglip_fast.tuning.cache.Selection.load`): the triton backend follows
+    `selection_on` gives the choices for a device (`siglip_fast.tuning.race.selection_on`): the triton backend follows
     them; without, every operation runs on its default.
     """
 

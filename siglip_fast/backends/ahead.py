@@ -15,7 +15,6 @@ import torch
 
 from siglip_fast.kernels.attention_pool import attention_pool_config
 from siglip_fast.kernels.gemm import device_guard
-from siglip_fast.kernels.launch import recording
 from siglip_fast.kernels.tiles import attention_default, gemm_defaults
 
 from .choice import DEFAULT, Choice
@@ -54,9 +53,8 @@ class Loader:
             logger.debug("compiling or loading %d kernels of %s", len(distinct), key[0])
             # A library keeps workspaces for each thread; and a kernel's first launch makes what the others fill.
             alone = [choice for choice in distinct if choice.route != "triton"] + [DEFAULT]
-            with recording(None):  # of the forward that is running
-                for choice in alone:
-                    _attempt(run, choice)
+            for choice in alone:
+                _attempt(run, choice)
             with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
                 list(pool.map(lambda choice: _attempt(run, choice), [c for c in distinct if c not in alone]))
             self._loaded.add(key)

@@ -11,7 +11,7 @@ import torch
 from siglip_fast.kernels.attention import attention
 from siglip_fast.kernels.attention_pool import attention_pool
 from siglip_fast.kernels.gemm import gpu_arch, input_precision
-from siglip_fast.kernels.launch import call
+from siglip_fast.kernels.launch import call, recording
 from siglip_fast.kernels.layernorm import layernorm
 from siglip_fast.kernels.layernorm_linear import layernorm_linear
 from siglip_fast.kernels.linear_residual import linear_residual
@@ -39,49 +39,60 @@ class Backend:
     def fixed(cls, choice: Choice) -> "Backend":
         """The operations by this choice whatever their shape, as tuning measures them."""
         backend = cls()
-        backend._run = lambda name, dims, tensor, rows, few, args: RUN[name](choice, *args)
+        backend._run = lambda name, dims, tensors, rows, few, args: RUN[name](choice, *args)
         return backend
 
     def patch_embed(self, pixel_values, patch, position):
         dims = (*patch.weight.shape, patch.patch_size, len(position))
         rows, few = len(pixel_values) * len(position), lambda: (pixel_values[:1], patch, position)
-        return self._run("patch_embed", dims, patch.weight, rows, few, (pixel_values, patch, position))
+        tensors = (patch.weight, pixel_values, position)
+        return self._run("patch_embed", dims, tensors, rows, few, (pixel_values, patch, position))
 
     def layernorm_linear(self, hidden_states, moments, linear, gelu):
         K = linear.weight.shape[1]
         rows, few = hidden_states.numel() // K, lambda: (hidden_states.view(-1, K)[:1], moments[:1], linear, gelu)
         args = (hidden_states, moments, linear, gelu)
-        return self._run("layernorm_linear", (*linear.weight.shape, gelu), hidden_states, rows, few, args)
+        tensors = (hidden_states, linear.weight)
+        return self._run("layernorm_linear", (*linear.weight.shape, gelu), tensors, rows, few, args)
 
     def attention(self, qkv):
         B, *dims = qkv.shape[:2] + qkv.shape[3:]
-        return self._run("attention", tuple(dims), qkv, B, lambda: (qkv[:1],), (qkv,))
+        return self._run("attention", tuple(dims), (qkv,), B, lambda: (qkv[:1],), (qkv,))
 
     def linear_residual(self, x, linear, residual):
         N, K = linear.weight.shape
         dims = (N, K, residual is not None)
         few = lambda: (x.view(-1, K)[:1], linear, None if residual is None else residual.view(-1, N)[:1])  # noqa: E731
-        return self._run("linear_residual", dims, x, x.numel() // K, few, (x, linear, residual))
+        tensors = (x,) if residual is None else (x, residual)
+        return self._run("linear_residual", dims, tensors, x.numel() // K, few, (x, linear, residual))
 
     def layernorm(self, hidden_states, moments, norm):
         D = hidden_states.shape[-1]
         rows, few = hidden_states.numel() // D, lambda: (hidden_states.view(-1, D)[:1], moments[:1], norm)
-        return self._run("layernorm", (D,), hidden_states, rows, few, (hidden_states, moments, norm))
+        return self._run("layernorm", (D,), (hidden_states,), rows, few, (hidden_states, moments, norm))
 
     def attention_pool(self, hidden_states, pool):
         B, N, D = hidden_states.shape
         few = lambda: (hidden_states[:1], pool)  # noqa: E731
-        return self._run("attention_pool", (N, D, len(pool.scores)), hidden_states, B, few, (hidden_states, pool))
+        dims = (N, D, len(pool.scores))
+        return self._run("attention_pool", dims, (hidden_states,), B, few, (hidden_states, pool))
 
-    def _run(self, name: str, dims: tuple[int, ...], tensor: torch.Tensor, rows: int, few: Callable, args: tuple):
-        """By the choice for so many rows; before the first time, `few()` by every one that there is for any number."""
+    def _run(self, name: str, dims: tuple[int, ...], tensors: tuple, rows: int, few: Callable, args: tuple):
+        """By the choice for so many rows; before the first time, `few()` by every one that there is for any number.
+
+        `tensors`: those whose dtypes make a difference.
+        """
+        tensor, dtype = tensors[0], _dtype_of(tensors)
         selection = self._selection(tensor.device)
-        launch = "graph" if is_for_graph() else "eager"
-        choice = selection.choice(name, dims, tensor.dtype, rows, launch) if selection else DEFAULT
         key = (name, dims, tensor.device, selection and selection.digest, *_specialised(args))
-        LOADER.load(
-            key, tensor, lambda: _choices(name, dims, tensor.dtype, selection), lambda each: RUN[name](each, *few())
-        )
+        with recording(None):  # of the forward that is running
+            LOADER.load(
+                key, tensor, lambda: _choices(name, dims, tensors, selection), lambda each: RUN[name](each, *few())
+            )
+            if selection is not None:
+                selection.settle(name, dims, dtype, rows, RUN[name], args)
+        launch = "graph" if is_for_graph() else "eager"
+        choice = selection.choice(name, dims, dtype, rows, launch) if selection else DEFAULT
         return RUN[name](choice, *args) if choice.route == "triton" else call(RUN[name], choice, *args)
 
     def _selection(self, device: torch.device) -> Any:
@@ -105,10 +116,19 @@ def _specialised(args: tuple) -> Iterator:
                 yield tensor.stride()[1:]
 
 
-def _choices(name: str, dims: tuple[int, ...], dtype: torch.dtype, selection: Any) -> list[Choice]:
+def _dtype_of(tensors: tuple[torch.Tensor, ...]) -> torch.dtype | str:
+    """That of all, or the names of several: an operation on these is another one, with choices of its own."""
+    dtypes = {tensor.dtype: None for tensor in tensors}
+    if len(dtypes) == 1:
+        return tensors[0].dtype
+    return "+".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+
+
+def _choices(name: str, dims: tuple[int, ...], tensors: tuple, selection: Any) -> list[Choice]:
     """All that an operation may run by, whatever the number of rows."""
-    measured = selection.choices(name, dims, dtype) if selection else []
-    return [DEFAULT, *measured, *(Choice("triton", config) for config in DEFAULTS[name](dims, dtype, gpu_arch()))]
+    measured = selection.choices(name, dims, _dtype_of(tensors)) if selection else []
+    defaults = DEFAULTS[name](dims, tensors[0].dtype, gpu_arch())
+    return [DEFAULT, *measured, *(Choice("triton", config) for config in defaults)]
 
 
 def _run_patch_embed(choice, pixel_values, patch, position):

@@ -79,7 +79,10 @@ def cache_state(device: torch.device) -> str:
     entries = cache.read(key)
     if not entries:
         return f"none for {key.gpu}, driver {key.driver} (`siglip-fast tune` makes them)"
-    return f"{sum(map(len, entries.values()))} of {len(entries)} operations in {key.path()}"
+    every = [entry for buckets in entries.values() for entry in buckets.values()]
+    raced = sum(map(cache.is_raced, every))
+    how = f", {raced} of them raced, not tuned," if raced else ""
+    return f"{len(every)} of {len(entries)} operations{how} in {key.path()}"
 
 
 def versions() -> str:

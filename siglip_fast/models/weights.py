@@ -34,7 +34,7 @@ class Derived:
         self.source = Source(tower, anatomy.watched, anatomy.parameters)
         self._dtype = dtype
         self._anatomy = anatomy
-        self.ops = Ops(backend, Selection.load)
+        self.ops = Ops(backend, _selection_on)
         self.forward = forward if dtype is None else forward_in_autocast
         self.weights: TowerWeights | None = None
         self.graphs: Graphs | None = None  # CUDA graphs that read them
@@ -113,6 +113,12 @@ class Derived:
             weights = tower_weights(self._anatomy.view(self.source.tower), self.ops, self._dtype)
         _finish(weights)
         self.weights = weights
+
+
+def _selection_on(device: torch.device) -> Selection:
+    from ..tuning.race import selection_on  # it imports Triton, which not every machine has
+
+    return selection_on(device)
 
 
 def _finish(weights: TowerWeights) -> None:

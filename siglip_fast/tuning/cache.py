@@ -1,8 +1,9 @@
-"""What was measured on this GPU: the cache file of `siglip-fast tune`, and the choice it holds for an operation.
+"""What was measured on this GPU, by `siglip-fast tune` or in a race: the cache file, and the choice it holds for an operation.
 
 One JSON file a key (GPU, driver, libraries, kernel sources), written whole or not at all, which people can ship: a file
 whose key is not this machine's is ignored. Tables go by operation, fixed shape and dtype, then by the number of rows,
-rounded up to a power of two, then by how the operation is launched: eagerly, or from a CUDA graph.
+rounded up to a power of two, then by how the operation is launched: eagerly, or from a CUDA graph. An entry of a race
+(`siglip_fast.tuning.race`) says so: tuning replaces it, and goes before it.
 """
 
 import functools
@@ -11,11 +12,13 @@ import json
 import logging
 import os
 import re
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from filelock import FileLock
 
 from ..backends.choice import DEFAULT, Choice
 from ..files import atomic
@@ -30,12 +33,13 @@ class Operation(NamedTuple):
     """An operation of `siglip_fast.ops` on a fixed shape: what a table is about.
 
     dims: patch_embed (D, K, patch_size, tokens); layernorm_linear (out, in, gelu); attention (tokens, heads, head_dim);
-    linear_residual (out, in, with residual); layernorm (D); attention_pool (tokens, D, heads).
+    linear_residual (out, in, with residual); layernorm (D); attention_pool (tokens, D, heads). dtype: where its tensors
+    are of several, their names, which nobody tunes for.
     """
 
     name: str
     dims: tuple[int, ...]
-    dtype: torch.dtype
+    dtype: torch.dtype | str
 
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
@@ -98,7 +102,8 @@ def bucket(rows: int) -> int:
 
 LAUNCHES = ("eager", "graph")
 FARTHEST = 2  # powers of two that the number of rows may be away from one that was measured
-Entries = dict[str, dict[str, dict]]  # str(Operation): {str(bucket): what siglip_fast.tuning.select found}
+Entries = dict[str, dict[str, dict]]  # str(Operation): {str(bucket): what siglip_fast.tuning.select or race found}
+WRITING = 10.0  # seconds to wait for another process that writes the file, which takes it milliseconds
 
 
 def read(key: Key) -> Entries:
@@ -126,6 +131,26 @@ def write(key: Key, entries: Entries) -> None:
         file.write(json.dumps(content, indent=1).encode())
 
 
+def update(key: Key, found: Entries, replace: bool = True) -> Entries:
+    """Add entries to the cache file, whatever others added meanwhile; without `replace` only where it has none. Returns
+    what it then holds. Raises OSError or UserError where it cannot be written."""
+    path = key.path()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_suffix(".write.lock"), timeout=WRITING):
+        entries = merged(read(key), found, replace)
+        write(key, entries)
+    return entries
+
+
+def merged(entries: Entries, others: Entries, replace: bool) -> Entries:
+    """Both, those of `others` going before if they are to replace."""
+    both = dict(entries)
+    for operation, buckets in others.items():
+        known = entries.get(operation, {})
+        both[operation] = known | buckets if replace else buckets | known
+    return both
+
+
 def _digest(entries: Entries) -> str:
     return hashlib.sha256(json.dumps(entries).encode()).hexdigest()
 
@@ -135,11 +160,21 @@ def is_measured(entry: dict | None) -> bool:
     return bool(entry and any(entry[launch]["microseconds"] for launch in LAUNCHES))
 
 
+def is_raced(entry: dict) -> bool:
+    """Whether it tells of a race, and not of a search."""
+    return entry.get("raced", False)
+
+
+def is_tuned(entry: dict | None) -> bool:
+    """Whether it tells of a search in which a candidate ran."""
+    return is_measured(entry) and not is_raced(entry)
+
+
 class Selection:
     """The choices for one device. Operations that nobody measured there run on their defaults."""
 
     def __init__(self, entries: Entries):
-        self._entries = entries
+        self.entries = entries
         self.digest = _digest(entries)  # equal for equal choices
         self._memo: dict[tuple, Choice] = {}
 
@@ -150,28 +185,36 @@ class Selection:
             return cls({})
         key = Key.of(device)
         entries = read(key)
-        measured = any(is_measured(entry) for buckets in entries.values() for entry in buckets.values())
-        if not measured and device.type == "cuda":
+        tuned = any(is_tuned(entry) for buckets in entries.values() for entry in buckets.values())
+        if not tuned and device.type == "cuda":
             _say_untuned(key.gpu)
         return cls(entries)
 
-    def choice(self, name: str, dims: tuple[int, ...], dtype: torch.dtype, rows: int, launch: str = "eager") -> Choice:
+    def settle(
+        self, name: str, dims: tuple[int, ...], dtype: torch.dtype | str, rows: int, run: Callable, args: tuple
+    ) -> None:
+        """To be called before a `choice` is made for an operation that `run(choice, *args)` runs. Here what the file holds
+        is all; `siglip_fast.tuning.race.Racing` measures what it does not."""
+
+    def choice(
+        self, name: str, dims: tuple[int, ...], dtype: torch.dtype | str, rows: int, launch: str = "eager"
+    ) -> Choice:
         """That of the nearest number of rows that was measured, if it is near; else DEFAULT. `launch`: of LAUNCHES."""
-        key = (name, dims, dtype, rows, launch)
-        found = self._memo.get(key)
+        memo, key = self._memo, (name, dims, dtype, rows, launch)
+        found = memo.get(key)
         if found is None:
-            found = self._memo[key] = self._find(Operation(name, dims, dtype), rows, launch)
+            found = memo[key] = self._find(Operation(name, dims, dtype), rows, launch)
         return found
 
-    def choices(self, name: str, dims: tuple[int, ...], dtype: torch.dtype) -> list[Choice]:
+    def choices(self, name: str, dims: tuple[int, ...], dtype: torch.dtype | str) -> list[Choice]:
         """Those for any number of rows, however they are launched."""
-        entries = self._entries.get(str(Operation(name, dims, dtype)), {}).values()
+        entries = self.entries.get(str(Operation(name, dims, dtype)), {}).values()
         found = [entry[launch] for entry in entries for launch in LAUNCHES]
         return [Choice(entry["route"], entry["config"]) for entry in found if entry["route"]]
 
     def reason(self, operation: Operation, rows: int, launch: str) -> str:
         """Why `choice` answers as it does, in words."""
-        entry = self._nearest(operation, rows)
+        entry = self.nearest(operation, rows)
         if entry is None:
             return "built-in, not measured"
         found = entry[launch]
@@ -180,20 +223,22 @@ class Selection:
         times = found["microseconds"]
         own = times[str(Choice(found["route"], found["config"]))]
         vendor = min((t for name, t in times.items() if not name.startswith(DEFAULT.route)), default=None)
-        return f"measured: {own} µs" + (f", the vendor's best {vendor} µs" if vendor else "")
+        how = "raced" if is_raced(entry) else "measured"
+        return f"{how}: {own} µs" + (f", the vendor's best {vendor} µs" if vendor else "")
+
+    def nearest(self, operation: Operation, rows: int) -> dict | None:
+        """The entry that holds for so many rows; a tuned one before a raced one."""
+        # Rows are powers of two, so the nearer one is the one with fewer bits of difference; of two, the larger.
+        wanted = bucket(rows).bit_length()
+        buckets = self.entries.get(str(operation), {})
+        near = [b for b in buckets if abs(int(b).bit_length() - wanted) <= FARTHEST]
+        order = lambda b: (is_raced(buckets[b]), abs(int(b).bit_length() - wanted), -int(b))  # noqa: E731
+        return buckets[min(near, key=order)] if near else None
 
     def _find(self, operation: Operation, rows: int, launch: str) -> Choice:
-        entry = self._nearest(operation, rows)
+        entry = self.nearest(operation, rows)
         found = entry and entry[launch]
         return Choice(found["route"], found["config"]) if found and found["route"] else DEFAULT
-
-    def _nearest(self, operation: Operation, rows: int) -> dict | None:
-        buckets = self._entries.get(str(operation), {})
-        # Both are powers of two, so the nearer one is the one with fewer bits of difference; of two, the larger.
-        wanted = bucket(rows).bit_length()
-        distances = {b: abs(int(b).bit_length() - wanted) for b in buckets}
-        nearest = min(buckets, key=lambda b: (distances[b], -int(b)), default=None)
-        return buckets[nearest] if nearest and distances[nearest] <= FARTHEST else None
 
 
 @functools.cache
@@ -231,5 +276,7 @@ def _driver() -> str:
 @functools.cache
 def _say_untuned(gpu: str) -> None:
     logger.warning(
-        "no measured configurations for %s: running the built-in ones; `siglip-fast tune` measures them", gpu
+        "nothing is tuned for %s: each operation runs by its built-in configuration or the vendor's route; "
+        "`siglip-fast tune` searches all",
+        gpu,
     )

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 from transformers import SiglipVisionConfig
 
 from ..backends import torch as plain
@@ -74,6 +74,15 @@ def upcast(args: tuple) -> tuple:
     """To what the reference is computed in: float32 for 16 bits, float64 for float32."""
     to = torch.float64 if args[0].dtype == torch.float32 else torch.float32
     return tree_map(lambda x: x.to(to) if isinstance(x, Tensor) else x, args)
+
+
+def copied(args: tuple) -> tuple:
+    """The same arguments in memory of their own."""
+    return tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, args)
+
+
+def bytes_of(args: tuple) -> int:
+    return sum(t.numel() * t.element_size() for t in tree_leaves(args) if isinstance(t, Tensor))
 
 
 def inputs(case: Case, device: torch.device) -> tuple:

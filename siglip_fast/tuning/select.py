@@ -31,6 +31,19 @@ def select(
     `dropped` names those that must not run at all. A route is None where no candidate is left: the default runs then,
     unmeasured.
     """
+    samples, dropped = admit(candidates, check, timers, announce, dropped)
+    medians = {launch: medians_of(measure(samples[launch], announce)) for launch in timers}
+    return {launch: result(decide(medians[launch]), medians[launch]) for launch in timers} | {"dropped": dropped}
+
+
+def admit(
+    candidates: list[Choice],
+    check: Check,
+    timers: dict[str, Timer],
+    announce: Announce = lambda choice: None,
+    dropped: dict[str, str] | None = None,
+) -> tuple[dict[str, dict[Choice, Sample]], dict[str, str]]:
+    """By way of launching the candidates that are right and run, ready to be timed; and those that were dropped."""
     dropped = dict(dropped or {})
     samples: dict[str, dict[Choice, Sample]] = {launch: {} for launch in timers}
     for choice in candidates:
@@ -47,33 +60,42 @@ def select(
             continue
         for launch, sample in made.items():
             samples[launch][choice] = sample
-    return {launch: _result(measure(samples[launch], announce)) for launch in timers} | {"dropped": dropped}
+    return samples, dropped
 
 
 def unmeasured(reason: str) -> dict:
     """The entry of a case for which no candidate ran: its default stays in force."""
-    return {launch: _result({}) for launch in LAUNCHES} | {"dropped": {"all": reason}}
+    return {launch: result(None, {}) for launch in LAUNCHES} | {"dropped": {"all": reason}}
 
 
-def _result(medians: dict[Choice, float]) -> dict:
-    route, config = decide(medians) or (None, None)
+def result(winner: Choice | None, medians: dict[Choice, float]) -> dict:
+    """What an entry holds for a way of launching."""
+    route, config = winner or (None, None)
     microseconds = {str(choice): round(1e6 * seconds, 2) for choice, seconds in medians.items()}
     return {"route": route, "config": config, "microseconds": microseconds}
 
 
-def measure(samples: dict[Choice, Sample], announce: Announce) -> dict[Choice, float]:
-    """Median seconds of each, all taking turns, so that a clock that changes is unfair to none."""
+def measure(
+    samples: dict[Choice, Sample],
+    announce: Announce = lambda choice: None,
+    rounds: tuple[int, ...] = (FIRST_ROUNDS, ROUNDS),
+) -> dict[Choice, list[float]]:
+    """The seconds of each in each round, all taking turns, so that a clock that changes is unfair to none."""
     seconds: dict[Choice, list[float]] = {choice: [] for choice in samples}
     remaining = samples
-    for rounds in (FIRST_ROUNDS, ROUNDS):
-        for _ in range(rounds):
+    for count in rounds:
+        for _ in range(count):
             for choice, sample in remaining.items():
                 announce(choice)
                 seconds[choice].append(sample())
-        medians = {choice: statistics.median(values) for choice, values in seconds.items()}
+        medians = medians_of(seconds)
         limit = STILL_IN * min(medians.values(), default=0)
         remaining = {choice: sample for choice, sample in samples.items() if medians[choice] <= limit}
-    return medians
+    return seconds
+
+
+def medians_of(seconds: dict[Choice, list[float]]) -> dict[Choice, float]:
+    return {choice: statistics.median(values) for choice, values in seconds.items()}
 
 
 def decide(medians: dict[Choice, float]) -> Choice | None:

@@ -26,6 +26,7 @@ from .select import unmeasured
 logger = logging.getLogger("siglip_fast")
 
 FIRST_CONTACT_BUDGET = 300.0  # seconds
+NO_TIME = "there was no time for it"
 STALL = 120.0  # seconds that one candidate may take, compilation included, before it counts as hanging
 
 
@@ -92,31 +93,32 @@ def first_contact(
             if _all_known(wanted, key):  # by another process, while this one waited
                 return
             logger.warning("measuring kernel configurations for %s, once (SIGLIP_FAST_TUNE=auto)", key.gpu)
-            _tune(wanted, key, device, FIRST_CONTACT_BUDGET, False, WORKER, STALL)
-            entries = cache.read(key)
-            for case in wanted:  # or every process would try again what there was no time for
-                entry = unmeasured("there was no time for it")
-                entries.setdefault(str(case.operation), {}).setdefault(_bucket(case), entry)
-            cache.write(key, entries)
+            report = _tune(wanted, key, device, FIRST_CONTACT_BUDGET, False, WORKER, STALL)
+            known = cache.read(key)
+            for case in report.left:  # or every process would try again what there was no time for
+                entry = _find(known, case) or unmeasured(NO_TIME)
+                entry["dropped"]["all"] = NO_TIME
+                cache.update(key, {str(case.operation): {_bucket(case): entry}})
     except Exception as error:
         logger.warning("measuring failed, the built-in configurations stay in force: %s", typed_line(error))
 
 
 def _all_known(wanted: list[Case], key: Key) -> bool:
     known = cache.read(key)
-    return all(str(case.operation) in known for case in wanted)
+
+    def sought(entry: dict) -> bool:
+        return not cache.is_raced(entry) or "all" in entry["dropped"]
+
+    return all(any(map(sought, known.get(str(case.operation), {}).values())) for case in wanted)
 
 
 def _tune(
     todo: list[Case], key: Key, device: torch.device, budget: float, force: bool, worker: Sequence[str], stall: float
 ) -> Report:
     entries = cache.read(key)
-    wanted = [case for case in todo if force or not cache.is_measured(_find(entries, case))]
-    try:
-        _measure(wanted, entries, key, device, time.monotonic() + budget, worker, stall)
-    finally:
-        cache.write(key, entries)
-    found = {case: entry for case in todo if (entry := _find(entries, case))}
+    wanted = [case for case in todo if force or not cache.is_tuned(_find(entries, case))]
+    _measure(wanted, entries, key, device, time.monotonic() + budget, worker, stall)
+    found = {case: entry for case in todo if (entry := _find(entries, case)) and not cache.is_raced(entry)}
     return Report(found, [case for case in todo if case not in found], key.path())
 
 
@@ -135,7 +137,7 @@ def _measure(
 
     def done(case: Case, entry: dict) -> None:
         entries.setdefault(str(case.operation), {})[_bucket(case)] = entry
-        cache.write(key, entries)
+        cache.update(key, {str(case.operation): {_bucket(case): entry}})
         del skipped[case]
         bar.update()
 

@@ -12,13 +12,11 @@ import time
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
 
 from ..backends.choice import Choice
 from ..errors import first_line
 from .candidates import candidates, compile_ahead, run
-from .cases import Case, decode, inputs
+from .cases import Case, bytes_of, copied, decode, inputs
 from .child import PREPARATION
 from .select import Announce, Sample, Timer, select, unmeasured
 from .verify import Verifier, end, end_if_ruined
@@ -85,9 +83,8 @@ def cuda_timers(case: Case, args: tuple, device: torch.device) -> dict[str, Time
     """Both ways of launching a candidate on copies of the arguments, as many as exceed the L2 cache twice, but at most
     MAX_COPIES: replays of a graph of all of them, and eager calls one after the other, which cost what is slower, the
     GPU or the launches."""
-    size = sum(t.numel() * t.element_size() for t in tree_leaves(args) if isinstance(t, Tensor))
-    needed = 2 * torch.cuda.get_device_properties(device).L2_cache_size / size
-    copies = [args, *(_copy(args) for _ in range(min(int(needed), MAX_COPIES - 1)))]
+    needed = 2 * torch.cuda.get_device_properties(device).L2_cache_size / bytes_of(args)
+    copies = [args, *(copied(args) for _ in range(min(int(needed), MAX_COPIES - 1)))]
     pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
 
     def seconds(launch) -> float:
@@ -114,10 +111,6 @@ def cuda_timers(case: Case, args: tuple, device: torch.device) -> dict[str, Time
         return lambda: seconds(captured.replay)
 
     return {"eager": lambda choice: lambda: seconds(lambda: call_all(choice)), "graph": graph}
-
-
-def _copy(args: tuple) -> tuple:
-    return tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, args)
 
 
 def wall_timers(case: Case, args: tuple) -> dict[str, Timer]:

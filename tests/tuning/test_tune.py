@@ -229,7 +229,9 @@ class TestFirstContact:
                 raise RuntimeError("the process died")
             found = {"route": "vendor", "config": None, "microseconds": {"vendor": 1.0}}
             first = {"eager": found, "graph": found, "dropped": {}}
-            entries[str(wanted[0].operation)] = {str(cache.bucket(wanted[0].rows)): first}
+            found = {str(wanted[0].operation): {str(cache.bucket(wanted[0].rows)): first}}
+            entries.update(found)
+            cache.update(key, found)
 
         self.fails, self.seconds = False, 0
         monkeypatch.setattr(tuning, "_measure", fake)
