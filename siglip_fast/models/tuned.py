@@ -17,7 +17,7 @@ class Tuned(Fused):
 
         Every kernel configuration and every vendor route is verified and timed in a process of its own; the results
         stay in a cache file (`siglip_fast.tuning.cache`) that later processes read. What it holds already is not
-        measured again unless `force`. The same as `siglip-fast tune`.
+        measured again unless `force`; what a first forward's race found (`siglip_fast.tuning.race`) is. The same as `siglip-fast tune`.
 
         Args:
             batch_sizes: images a forward. Batches up to four times larger or smaller run as the nearest of these.

@@ -78,8 +78,8 @@ class Key(NamedTuple):
 
 
 def mode() -> str:
-    """SIGLIP_FAST_TUNE: "off" (built-in defaults), "cached" (what was measured; the default) or "auto" (measure at the
-    first forward on a GPU that has no cache file). Raises ValueError where it is something else."""
+    """SIGLIP_FAST_TUNE: "off" (built-in defaults), "cached" (what was measured, by tuning or a race; the default) or "auto"
+    (tune at the first forward on a GPU whose cache file does not know the model). Raises ValueError where it is something else."""
     value = os.environ.get("SIGLIP_FAST_TUNE") or "cached"
     if value not in MODES:
         raise ValueError(f"SIGLIP_FAST_TUNE: expected one of {', '.join(MODES)}, got {value!r}")

@@ -54,6 +54,11 @@ def test_what_runs_each_operation(tiny, device, capsys, monkeypatch):
 """
         in out
     )
+    write(key, {"layernorm 64 float16": {"16": {"eager": vendor, "graph": ours, "dropped": {}, "raced": True}}})
+    assert main(command) == 0
+    out = capsys.readouterr().out
+    assert f"measured configurations: 1 of 1 operations, 1 of them raced, not tuned, in {key.path()}" in out
+    assert "    eager: vendor (raced: 1.0 µs, the vendor's best 1.0 µs)" in out
     monkeypatch.setenv("SIGLIP_FAST_TUNE", "off")
     assert main(command) == 0
     assert "not used (SIGLIP_FAST_TUNE=off)" in capsys.readouterr().out

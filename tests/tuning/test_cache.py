@@ -87,6 +87,35 @@ def test_too_far_from_what_was_measured(rows):
     assert choice({str(OPERATION): {str(b): entry() for b in (256, 65536)}}, rows) == DEFAULT
 
 
+def test_a_tuned_one_goes_before_a_raced_one():
+    raced = entry("vendor", None) | {"raced": True}
+    tables = {str(OPERATION): {"256": raced, "1024": entry(config={"b": 1024}), "32768": raced}}
+    wanted = {
+        200: Choice("triton", {"b": 1024}),
+        64: Choice("vendor"),
+        32768: Choice("vendor"),
+        2048: Choice("triton", {"b": 1024}),
+    }
+    assert {rows: choice(tables, rows) for rows in wanted} == wanted
+
+
+def test_an_update_keeps_what_others_wrote():
+    raced, tuned = entry("vendor", None) | {"raced": True}, entry()
+    assert cache.update(KEY, {str(OPERATION): {"256": raced}}) == {str(OPERATION): {"256": raced}}
+    cache.update(KEY, {"another": {"1": tuned}, str(OPERATION): {"8": raced}})
+    assert cache.read(KEY) == {"another": {"1": tuned}, str(OPERATION): {"256": raced, "8": raced}}
+    cache.update(KEY, {str(OPERATION): {"256": tuned}})
+    assert cache.update(KEY, {str(OPERATION): {"256": raced, "16": raced}}, replace=False) == cache.read(KEY)
+    assert cache.read(KEY)[str(OPERATION)] == {"256": tuned, "8": raced, "16": raced}
+
+
+def test_a_file_that_cannot_be_used_is_updated_to_one_that_can():
+    cache.update(KEY, {str(OPERATION): {"256": entry()}})
+    KEY.path().write_text("{")
+    cache.update(KEY, {"another": {"1": entry()}})
+    assert cache.read(KEY) == {"another": {"1": entry()}}
+
+
 def test_the_default_where_nothing_was_measured_or_nothing_passed():
     tables = {str(OPERATION): {"256": entry(route=None, config=None)}}
     assert choice(tables, 196) == DEFAULT
