@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from device import DEVICE, ON_GPU
 from models import TINY, drop_in, stock_model
 from torch.utils._pytree import tree_map
 from transformers import SiglipVisionConfig
@@ -30,6 +31,7 @@ from siglip_fast.tuning.cases import Case, cases, inputs, plain_result, row_mome
 CPU = torch.device("cpu")
 CONFIG = SiglipVisionConfig(**TINY)
 VENDOR = Choice("vendor")
+APPLIES, STOPWATCH = race.applies, race.Stopwatch
 OTHERS = {"sdpa": 9e-6, "sdpa flash": 9e-6, "sdpa cudnn": 9e-6, "sdpa efficient": 9e-6, "flash_attn": 9e-6}
 
 
@@ -260,19 +262,21 @@ class TestAgreement:
 D = 64
 
 
-def layernorm(selection_on=race.selection_on, rows=9, dtype=torch.float32) -> torch.Tensor:
+def rows_of(rows) -> torch.Tensor:
+    return torch.randn(rows, D, device=DEVICE)
+
+
+def layernorm(selection_on=race.selection_on, rows=9) -> torch.Tensor:
     """A call through a backend made anew, as a model's after each edit of its weights."""
-    x = torch.randn(rows, D, dtype=dtype)
-    backend = select.load("triton", selection_on)
-    return call(backend, x)
+    return call(select.load("triton", selection_on), rows_of(rows))
 
 
 def call(backend, x):
-    return backend.layernorm(x, row_moments(x), Norm(torch.ones(D, dtype=x.dtype), torch.zeros(D, dtype=x.dtype), 1e-6))
+    return backend.layernorm(x, row_moments(x), Norm(x.new_ones(D), x.new_zeros(D), 1e-6))
 
 
-def in_file() -> dict:
-    return cache.read(Key.of(CPU))
+def in_file(device=DEVICE) -> dict:
+    return cache.read(Key.of(torch.device(device)))
 
 
 @pytest.fixture
@@ -293,10 +297,10 @@ class TestWhen:
 
     def test_the_winner_runs_from_then_on(self, fresh, ran):
         backend = select.load("triton", race.selection_on)
-        call(backend, torch.randn(9, D))
+        call(backend, rows_of(9))
         assert len(fresh.made) == 1 and ran[-1] == "vendor"
         ran.clear()
-        call(backend, torch.randn(9, D))
+        call(backend, rows_of(9))
         assert ran == ["vendor"] and len(fresh.made) == 1
         entry = in_file()["layernorm 64 float32"]["16"]
         assert entry["raced"] and entry["graph"]["route"] == "vendor"
@@ -312,12 +316,15 @@ class TestWhen:
     def test_near_numbers_of_rows_share_a_race(self, fresh):
         backend = select.load("triton", race.selection_on)
         for rows, races in ((16, 1), (4, 1), (64, 1), (65, 2), (2, 3), (1, 3)):
-            call(backend, torch.randn(rows, D))
+            call(backend, rows_of(rows))
             assert len(fresh.made) == races, rows
 
     def test_not_where_tuned(self, fresh, ran):
         found = {"route": "triton", "config": None, "microseconds": {"triton": 1.0}}
-        cache.write(Key.of(CPU), {"layernorm 64 float32": {"16": {"eager": found, "graph": found, "dropped": {}}}})
+        cache.write(
+            Key.of(torch.device(DEVICE)),
+            {"layernorm 64 float32": {"16": {"eager": found, "graph": found, "dropped": {}}}},
+        )
         layernorm()
         assert ran == ["triton"] and not fresh.made
 
@@ -329,19 +336,19 @@ class TestWhen:
         layernorm(rows=200)
         assert ran == ["triton", "triton"] and len(fresh.made) == 1
 
+    @pytest.mark.skipif(ON_GPU, reason="needs Triton's interpreter")
     def test_not_on_a_cpu(self, fresh, ran, monkeypatch):
-        monkeypatch.undo()
-        monkeypatch.setattr(race, "Stopwatch", fresh)
+        monkeypatch.setattr(race, "applies", APPLIES)
         layernorm(lambda device: race.Racing(Key.of(device), {}))
         assert not fresh.made
 
     def test_after_a_capture_not_inside(self, fresh, ran, monkeypatch):
         backend = select.load("triton", race.selection_on)
         monkeypatch.setattr(race, "is_capturing", lambda tensor: True)
-        call(backend, torch.randn(9, D))
+        call(backend, rows_of(9))
         assert ran == ["triton"] and not fresh.made
         monkeypatch.setattr(race, "is_capturing", lambda tensor: False)
-        call(backend, torch.randn(9, D))
+        call(backend, rows_of(9))
         assert ran[-1] == "vendor" and len(fresh.made) == 1
 
     def test_a_graph_of_ours_has_its_own_winner(self, fresh, ran):
@@ -349,9 +356,9 @@ class TestWhen:
         fresh.host = {"vendor": 50e-6}
         backend = select.load("triton", race.selection_on)
         with select.for_graph():
-            call(backend, torch.randn(9, D))
+            call(backend, rows_of(9))
             assert ran[-1] == "vendor"
-        call(backend, torch.randn(9, D))
+        call(backend, rows_of(9))
         assert ran[-1] == "triton" and len(fresh.made) == 1
 
     def test_until_the_budget_is_spent(self, fresh, ran, monkeypatch, caplog):
@@ -360,19 +367,19 @@ class TestWhen:
         backend = select.load("triton", race.selection_on)
         with caplog.at_level(logging.INFO):
             for rows in (9, 200, 9, 200):
-                call(backend, torch.randn(rows, D))
+                call(backend, rows_of(rows))
         assert len(fresh.made) == 1 and ran[-2:] == ["vendor", "triton"]
         assert caplog.text.count("races are over") == 1
         assert list(in_file()["layernorm 64 float32"]) == ["16"]  # the next process goes on with the other
 
-    def test_bytes_have_no_rival(self, fresh):
-        patch = PatchEmbedding(torch.randn(D, 192).half(), torch.randn(D), 8, 0.5)
-        pixels = torch.randint(0, 256, (1, 3, 8, 8), dtype=torch.uint8)
+    def test_bytes_have_no_rival(self, fresh, device):
+        weight, bias = torch.randn(D, 192, device=device).half(), torch.randn(D, device=device)
+        position = torch.zeros(1, D, device=device).half()
+        pixels = torch.randint(0, 256, (1, 3, 8, 8), dtype=torch.uint8, device=device)
         backend = select.load("triton", race.selection_on)
-        backend.patch_embed(pixels, patch, torch.zeros(1, D).half())
+        backend.patch_embed(pixels, PatchEmbedding(weight, bias, 8, 0.5), position)
         assert not fresh.made
-        patch = patch._replace(bias=patch.bias.half(), scale=1.0)
-        backend.patch_embed(torch.randn(1, 3, 8, 8).half(), patch, torch.zeros(1, D).half())
+        backend.patch_embed(pixels.half(), PatchEmbedding(weight, bias.half(), 8), position)
         assert len(fresh.made) == 1
 
     def test_mixed_dtypes_are_an_operation_of_their_own(self, fresh, device):
@@ -400,7 +407,7 @@ class TestTrouble:
         assert in_file() == {}
 
     def test_disagreement_is_told(self, ran, monkeypatch, caplog):
-        monkeypatch.setattr(vendor, "layernorm", lambda *args: torch.zeros(9, D))
+        monkeypatch.setattr(vendor, "layernorm", lambda x, *_: torch.zeros_like(x))
         with caplog.at_level(logging.WARNING):
             layernorm()
         assert ran[-1] == "triton"
@@ -415,7 +422,7 @@ class TestTrouble:
     def test_not_a_number_in_a_users_data(self, fresh, ran, caplog):
         backend = select.load("triton", race.selection_on)
         with caplog.at_level(logging.WARNING):
-            call(backend, torch.full((9, D), float("nan")))
+            call(backend, rows_of(9) * float("nan"))
         assert "its result is not finite" in caplog.text and in_file() == {}
         layernorm()
         assert len(in_file()) == 1
@@ -437,8 +444,10 @@ class TestTrouble:
 
         def run(backend):
             start.wait()
-            call(backend, torch.randn(9, D))
-            assert_vendor.append(backend._selection(CPU).choice("layernorm", (D,), torch.float32, 9).route)
+            call(backend, rows_of(9))
+            assert_vendor.append(
+                backend._selection(rows_of(1).device).choice("layernorm", (D,), torch.float32, 9).route
+            )
 
         assert_vendor: list[str] = []
         threads = [threading.Thread(target=run, args=(each,)) for each in (backend, backend, *others)]
@@ -481,7 +490,7 @@ def test_two_processes_at_once():
         process.stdin.flush()
     first, second = (process.communicate(timeout=120)[0] for process in processes)
     assert first == second  # whose race ended first has its result in force in both
-    entries = in_file()
+    entries = in_file("cpu")
     routes = [entries[f"layernorm {D} float32"]["16"]["eager"]["route"] for D in range(8, 48)]
     assert f"{routes}\n" == first
     assert not [path for path in Key.of(CPU).path().parent.iterdir() if path.suffix == ".part"]
@@ -490,8 +499,8 @@ def test_two_processes_at_once():
 class TestModel:
     @torch.no_grad()
     def test_a_forward_races_each_operation_once(self, fresh):
-        stock = stock_model(CONFIG).half()
-        model, pixels = drop_in(stock, backend="triton"), torch.randn(2, 3, 24, 24).half()
+        stock = stock_model(CONFIG).half().to(DEVICE)
+        model, pixels = drop_in(stock, backend="triton").to(DEVICE), torch.randn(2, 3, 24, 24).half().to(DEVICE)
         outputs = model(pixels)
         wanted = {str(case.operation) for case in cases(CONFIG, 9, torch.float16, [2])}
         raced = in_file()
@@ -507,8 +516,8 @@ class TestModel:
     @torch.no_grad()
     def test_with_pixels_of_another_dtype(self):
         """As processors make them. The patch embedding is another operation then, the others are not."""
-        model = drop_in(stock_model(CONFIG).half(), backend="triton")
-        model(torch.randn(2, 3, 24, 24))
+        model = drop_in(stock_model(CONFIG).half(), backend="triton").to(DEVICE)
+        model(torch.randn(2, 3, 24, 24, device=DEVICE))
         named = {name.split()[0]: name.rpartition(" ")[2] for name in in_file()}
         assert named.pop("patch_embed") == "float16+float32"
         assert set(named.values()) == {"float16"} and len(named) == 5
@@ -586,7 +595,7 @@ class TestStopwatch:
 
     @pytest.fixture
     def watch(self, monkeypatch):
-        monkeypatch.undo()
+        monkeypatch.setattr(race, "Stopwatch", STOPWATCH)
         queue: list[str] = []
 
         class Event:
@@ -607,7 +616,7 @@ class TestStopwatch:
         monkeypatch.setattr(
             torch.cuda, "get_device_properties", lambda device: SimpleNamespace(L2_cache_size=self.cache_size)
         )
-        monkeypatch.setattr(race.Stopwatch, "_fill", lambda self, times: queue.extend(times * ["fill"]))
+        monkeypatch.setattr(STOPWATCH, "_fill", lambda self, times: queue.extend(times * ["fill"]))
         self.cache_size = 4096
         return queue
 
@@ -644,11 +653,42 @@ class TestStopwatch:
             assert len(stopwatch._copies) == copies
             assert stopwatch._buffer.nbytes == 5000
 
+    def test_a_whole_race(self, monkeypatch, device):
+        """Each operation on its own arguments, by the host's clock, in the interpreter: times that mean nothing."""
+        monkeypatch.setattr(race, "Stopwatch", STOPWATCH)
+
+        class Event:
+            def __init__(self, enable_timing):
+                pass
+
+            def record(self):
+                self.at = time.perf_counter()
+
+            def synchronize(self):
+                pass
+
+            def elapsed_time(self, end):
+                return 1e3 * (end.at - self.at)
+
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(L2_cache_size=4096))
+        monkeypatch.setattr(race, "CALLS", 2)
+        monkeypatch.setattr(race, "ROUNDS", (1, 1))
+        for case in {case.operation.name: case for case in cases(CONFIG, 9, torch.float16, [1])}.values():
+            name, args = case.operation.name, inputs(case, torch.device(device))
+            entry, seconds = race.race(name, RUN[name], args)
+            known = {"triton", *vendor.routes(name)}
+            assert seconds > 0 and {*entry["graph"]["microseconds"], *entry["dropped"]} == known, case
+            assert len(entry["graph"]["microseconds"]) >= 2
+            for launch in cache.LAUNCHES:
+                assert entry[launch]["route"] in entry[launch]["microseconds"]
+                assert all(microseconds > 0 for microseconds in entry[launch]["microseconds"].values())
+
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_a_gpu(monkeypatch):
     """A route with a fifth of the work wins, one with five times the work does not."""
-    monkeypatch.undo()
+    monkeypatch.setattr(race, "Stopwatch", STOPWATCH)
     x = torch.randn(2048, 2048, device="cuda", dtype=torch.float16)
 
     def repeated(times):
