@@ -105,7 +105,7 @@ class TestRace:
         found = {"route": "vendor", "config": None, "microseconds": {"triton": 2.0, "vendor": 1.0}}
         assert entry == {"eager": found, "graph": found, "dropped": {}, "raced": True}
         assert cache.is_raced(entry) and cache.is_measured(entry) and not cache.is_tuned(entry)
-        assert 0 <= seconds < 60
+        assert seconds > 0
 
     def test_launched_eagerly_the_hosts_time_counts(self, fresh):
         fresh.host = {"vendor": 1.99e-6, "triton": 50e-6}  # ours will be launched by a plan
@@ -631,7 +631,7 @@ class TestStopwatch:
         # each call has memory of its own, with the same values
         assert len({args[0].data_ptr() for args in seen}) == len({args[1].weight.data_ptr() for args in seen}) == 8
         assert all(torch.equal(copy[1].bias, args[1].bias) for copy in seen)
-        assert 0 < stopwatch.on_host(DEFAULT) < 1
+        assert stopwatch.on_host(DEFAULT) > 0
 
     def test_the_queue_is_filled_for_as_long_as_launching_takes(self, watch):
         args = (torch.ones(4, 8),)
