@@ -160,15 +160,18 @@ class Selection:
     def choices(self, *_):
         return []
 
+    def settle(self, *_):
+        pass
+
 
 @pytest.mark.parametrize("names", [["attention"], ["linear_residual"], ["layernorm"], [*triton_backend.RUN]])
 def test_vendors_routes(names, monkeypatch):
-    monkeypatch.setattr("siglip_fast.tuning.cache.Selection.load", lambda device: Selection(*names))
+    monkeypatch.setattr("siglip_fast.models.weights._selection_on", lambda device: Selection(*names))
     check(make_model(), images(2), launched=len(names) == 1)
 
 
 def test_a_plan_of_calls_alone_is_one(monkeypatch):
-    monkeypatch.setattr("siglip_fast.tuning.cache.Selection.load", lambda device: Selection(*triton_backend.RUN))
+    monkeypatch.setattr("siglip_fast.models.weights._selection_on", lambda device: Selection(*triton_backend.RUN))
     model = make_model()
     with torch.no_grad():
         model(images(2))
