@@ -31,12 +31,12 @@ BATCH_SIZES = (1, 8, 64, 256)
 OPERATIONS = ("patch_embed", "qkv", "attention", "out_proj", "fc1", "fc2", "layernorm", "attention_pool", "head")
 
 
-def ours(model: str, batch: int) -> list[tuple[str, int, static.Row, Work, Time]]:
+def ours(model: str, batch: int, batch_invariant: bool = False) -> list[tuple[str, int, static.Row, Work, Time]]:
     """(operation, how many times in a forward, compiled kernel, its work, its time) of each distinct launch."""
     found: Counter = Counter()
     facts = {}
     with launches_of("sm_90") as launches:
-        forward(model, torch.bfloat16, batch)
+        forward(model, torch.bfloat16, batch, batch_invariant)
     for operation, (function, arguments, grid, kernel) in zip(_operations(launches, model), launches, strict=True):
         key = operation, kernel, grid, arguments.get("M")
         if key not in facts:
@@ -71,10 +71,10 @@ def _operations(launches: list[tuple], model: str) -> list[str]:
     return names
 
 
-def prediction(model: str, batch: int) -> dict:
+def prediction(model: str, batch: int, batch_invariant: bool = False) -> dict:
     """Of every route: microseconds of each operation once, and of the whole forward."""
     layers = config_for(model).num_hidden_layers
-    found = ours(model, batch)
+    found = ours(model, batch, batch_invariant)
     totals: Counter = Counter()
     for operation, count, *_, time in found:
         totals[operation] += count * time.microseconds
@@ -174,11 +174,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", action="append", choices=VARIANTS, help=f"default: {' and '.join(MODELS)}")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=BATCH_SIZES, metavar="B")
+    parser.add_argument("--batch-invariant", action="store_true", help="ours by one configuration for every batch")
     parser.add_argument("--markdown", type=Path, metavar="OUT")
     parser.add_argument("--json", type=Path, metavar="OUT")
     arguments = parser.parse_args()
     os.environ.pop("TRITON_INTERPRET", None)
-    predictions = [prediction(m, b) for m in arguments.model or MODELS for b in arguments.batch_sizes]
+    cases = [(m, b) for m in arguments.model or MODELS for b in arguments.batch_sizes]
+    predictions = [prediction(*case, arguments.batch_invariant) for case in cases]
     command = " ".join(["python bench/predict.py", *sys.argv[1:]])
     if arguments.markdown:
         static.write(arguments.markdown, markdown(predictions, command))

@@ -104,7 +104,7 @@ def gpu_target(arch: str) -> GPUTarget:
     return GPUTarget("hip", arch, 64 if arch.startswith("gfx9") else 32)
 
 
-def forward(name: str, dtype: torch.dtype, batch: int) -> None:
+def forward(name: str, dtype: torch.dtype, batch: int, batch_invariant: bool = False) -> None:
     """One forward pass of a published model on meta tensors, launching what it would launch."""
     from torch.utils._pytree import tree_map
     from transformers import SiglipVisionModel
@@ -119,7 +119,7 @@ def forward(name: str, dtype: torch.dtype, batch: int) -> None:
         model = SiglipVisionModel(config).to(torch.bfloat16)
         pixels = torch.empty((batch, 3, config.image_size, config.image_size), dtype=dtype)
     tower = getattr(model, "vision_model", model)
-    ops = Ops("triton")
+    ops = Ops("triton", batch_invariant=batch_invariant)
     # Not Derived, which refuses meta parameters; in bf16 first, because fp16 would look at values.
     weights = tower_weights(tower, ops)
     weights = weights._replace(layers=weights.layers * layers)

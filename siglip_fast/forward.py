@@ -48,11 +48,9 @@ def forward(
 
     `collect` is called with the residual stream `[B, N, D]` before the first layer and after each.
     """
-    if collect is None:
-        if parts := _parts(ops, pixel_values, len(position)):
-            hidden, pooled = zip(*(forward(ops, weights, part, position) for part in parts), strict=True)
-            return torch.cat(hidden), None if weights.head is None else torch.cat(pooled)
-        collect = collect or (lambda hidden_states: None)
+    if parts := _parts(ops, pixel_values, len(position)):
+        return _forward_in_parts(ops, weights, parts, position, collect)
+    collect = collect or (lambda hidden_states: None)
     x, m = ops.patch_embed(pixel_values, weights.patch, position)
     collect(x)
     for layer in weights.layers:
@@ -81,11 +79,24 @@ def forward_in_autocast(ops: Ops, weights: TowerWeights, pixel_values: Tensor, *
 
 
 def _parts(ops: Ops, pixel_values: Tensor, tokens: int) -> list[Tensor] | None:
-    """The batch cut up, where the backend is slower with all of it together."""
-    if pixel_values.device.type != "cpu" or not (rows := ops.rows_at_once):
-        return None
-    count = -(-len(pixel_values) // max(1, rows // tokens))
+    """The batch cut up, where it is not to run in one piece."""
+    at_once = ops.images_at_once(pixel_values.device, tokens)
+    count = -(-len(pixel_values) // at_once) if at_once else 1
     return pixel_values.tensor_split(count) if count > 1 else None
+
+
+def _forward_in_parts(
+    ops: Ops, weights: TowerWeights, parts: list[Tensor], position: Tensor, collect: Callable[[Tensor], None] | None
+) -> Outputs:
+    streams: list[list[Tensor]] = [[] for _ in parts]
+    outputs = [
+        forward(ops, weights, part, position, collect and stream.append)
+        for part, stream in zip(parts, streams, strict=True)
+    ]
+    for states in zip(*streams, strict=True):
+        collect(torch.cat(states))
+    hidden, pooled = zip(*outputs, strict=True)
+    return torch.cat(hidden), None if weights.head is None else torch.cat(pooled)
 
 
 def _fc1(ops: Ops, x: Tensor, m: Tensor | None, linear: NormedLinear, exact_gelu: bool) -> Tensor:

@@ -75,19 +75,27 @@ class Ops:
     """The operations on one backend: `Ops("torch")`, `Ops("cpu")` or `Ops("triton")`.
 
     `selection_on` gives the choices for a device (`siglip_fast.tuning.race.selection_on`): the triton backend follows
-    them; without, every operation runs on its default.
+    them; without, every operation runs on its default. `batch_invariant`: an image's bits are to depend on nothing but
+    the image. The triton backend's operations see to it themselves and follow no choices; others' libraries choose by
+    shape, so a forward has to hand them as few images as `images_at_once` says.
     """
 
-    def __init__(self, backend: str, selection_on: Callable[[torch.device], Any] | None = None):
+    def __init__(
+        self, backend: str, selection_on: Callable[[torch.device], Any] | None = None, batch_invariant: bool = False
+    ):
         self.backend = backend
-        self._module = load(backend, selection_on)
+        self.batch_invariant = batch_invariant
+        self._module = load(backend, selection_on, batch_invariant)
         self._carries_moments = backend == "triton"
         self.reads_uint8 = backend == "triton"
 
-    @property
-    def rows_at_once(self) -> int | None:
-        """How many tokens a forward should take together, if the backend is slower with more."""
-        return self._module.rows_at_once() if self.backend == "cpu" else None
+    def images_at_once(self, device: torch.device, tokens: int) -> int | None:
+        """How many images of so many tokens a forward should take together; None: all of them."""
+        if self.batch_invariant and self.backend != "triton":
+            return 1
+        if self.backend == "cpu" and device.type == "cpu":  # which is slower with more
+            return max(1, self._module.rows_at_once() // tokens)
+        return None
 
     def pack(self, linear: AnyLinear, tokens: int) -> AnyLinear:
         """The same with its weight, `[out, in]` and contiguous, as the backend's operations read it best: maybe in an

@@ -17,7 +17,7 @@ from siglip_fast.kernels.attention_pool import attention_pool_config
 from siglip_fast.kernels.gemm import device_guard
 from siglip_fast.kernels.tiles import attention_default, gemm_defaults
 
-from .choice import DEFAULT, Choice
+from .choice import Choice
 from .select import is_capturing
 
 logger = logging.getLogger("siglip_fast")
@@ -52,7 +52,7 @@ class Loader:
                 distinct = list({str(choice): choice for choice in choices()}.values())
             logger.debug("compiling or loading %d kernels of %s", len(distinct), key[0])
             # A library keeps workspaces for each thread; and a kernel's first launch makes what the others fill.
-            alone = [choice for choice in distinct if choice.route != "triton"] + [DEFAULT]
+            alone = [choice for choice in distinct if choice.route != "triton" or choice is distinct[0]]
             for choice in alone:
                 _attempt(run, choice)
             with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:

@@ -35,10 +35,10 @@ def backend_for(name: str, device: torch.device) -> tuple[str | None, str | None
     return name, None
 
 
-def load(name: str, selection_on: Callable | None = None) -> Any:
+def load(name: str, selection_on: Callable | None = None, batch_invariant: bool = False) -> Any:
     """What implements the operations for a backend's name: a module, or an object with the same functions."""
     module = importlib.import_module(f"siglip_fast.backends.{name}")
-    return module.Backend(selection_on) if name == "triton" else module
+    return module.Backend(selection_on, batch_invariant) if name == "triton" else module
 
 
 _launching = threading.local()

@@ -20,6 +20,7 @@ from siglip_fast.kernels.patch_embed import patch_embed
 from . import vendor
 from .ahead import DEFAULTS, Loader
 from .choice import DEFAULT, Choice
+from .invariant import Invariant
 from .select import is_for_graph
 from .torch import pack
 
@@ -27,12 +28,14 @@ LOADER = Loader()  # of the whole process, as Triton's kernels are
 
 
 class Backend:
-    """The operations, each as `selection_on` its tensors' device says for its shape; without one, by default."""
+    """The operations, each as `selection_on` its tensors' device says for its shape; without one, by default; batch
+    invariant, by one configuration for all numbers of rows."""
 
     pack = staticmethod(pack)
 
-    def __init__(self, selection_on: Callable[[torch.device], Any] | None = None):
-        self._selection_on = selection_on
+    def __init__(self, selection_on: Callable[[torch.device], Any] | None = None, batch_invariant: bool = False):
+        self._selection_on = Invariant if batch_invariant else selection_on
+        self._batch_invariant = batch_invariant
         self._selections: dict[torch.device, Any] = {}  # loaded when a device is first met
 
     @classmethod
@@ -43,6 +46,8 @@ class Backend:
         return backend
 
     def patch_embed(self, pixel_values, patch, position):
+        if self._batch_invariant:
+            pixel_values = _laid_out(pixel_values)
         dims = (*patch.weight.shape, patch.patch_size, len(position))
         rows, few = len(pixel_values) * len(position), lambda: (pixel_values[:1], patch, position)
         tensors = (patch.weight, pixel_values, position)
@@ -83,7 +88,7 @@ class Backend:
         `tensors`: those whose dtypes make a difference.
         """
         tensor, dtype = tensors[0], _dtype_of(tensors)
-        selection = self._selection(tensor.device)
+        selection = self.selection(tensor.device)
         key = (name, dims, tensor.device, selection and selection.digest, *_specialised(args))
         with recording(None):  # of the forward that is running
             LOADER.load(
@@ -95,13 +100,21 @@ class Backend:
         choice = selection.choice(name, dims, dtype, rows, launch) if selection else DEFAULT
         return RUN[name](choice, *args) if choice.route == "triton" else call(RUN[name], choice, *args)
 
-    def _selection(self, device: torch.device) -> Any:
+    def selection(self, device: torch.device) -> Any:
+        """What chooses there, None where everything runs by default."""
         if self._selection_on is None:
             return None
         selection = self._selections.get(device)
         if selection is None:
             selection = self._selections[device] = self._selection_on(device)
         return selection
+
+
+def _laid_out(pixel_values: torch.Tensor) -> torch.Tensor:
+    """Contiguous and aligned: Triton compiles a kernel of its own for other strides and addresses, as slices of a batch
+    have them."""
+    flat = pixel_values.contiguous().view(-1)  # which gives a batch of one the strides of any other
+    return (flat.clone() if flat.data_ptr() % 16 else flat).view(pixel_values.shape)
 
 
 def _specialised(args: tuple) -> Iterator:
@@ -126,7 +139,10 @@ def _dtype_of(tensors: tuple[torch.Tensor, ...]) -> torch.dtype | str:
 
 def _choices(name: str, dims: tuple[int, ...], tensors: tuple, selection: Any) -> list[Choice]:
     """All that an operation may run by, whatever the number of rows."""
-    measured = selection.choices(name, dims, _dtype_of(tensors)) if selection else []
+    dtype = _dtype_of(tensors)
+    if isinstance(selection, Invariant):
+        return [selection.choice(name, dims, dtype)]
+    measured = selection.choices(name, dims, dtype) if selection else []
     defaults = DEFAULTS[name](dims, tensors[0].dtype, gpu_arch())
     return [DEFAULT, *measured, *(Choice("triton", config) for config in defaults)]
 

@@ -40,6 +40,7 @@ class Fused(nn.Module):
     # Of the class, for instances that `become_fast` has not met: vLLM's
     backend = "auto"
     strict = False
+    batch_invariant = False
     # By the dtype of torch.autocast, None outside of it. Replaced, never edited: threads may share a model.
     _derived: Mapping[torch.dtype | None, Derived] = {}
 
@@ -50,15 +51,16 @@ class Fused(nn.Module):
         if recorded := getattr(cls, "_can_record_outputs", None):
             dict.__setitem__(_CAN_RECORD_REGISTRY, str(cls), recorded)
 
-    def become_fast(self, backend: str | None, strict: bool) -> None:
-        """Raises ValueError where the backend's name is unknown."""
+    def become_fast(self, backend: str | None, strict: bool, batch_invariant: bool | None) -> None:
+        """Raises what `checked_backend` and `checked_batch_invariant` do."""
         self.backend = checked_backend(backend)
         self.strict = strict
+        self.batch_invariant = checked_batch_invariant(batch_invariant)
         self._derived = {}
 
     def forget_fast(self) -> None:
         """Removes what `become_fast` and later calls made, for an instance that is to be stock's again."""
-        for name in ("backend", "strict", *MADE):
+        for name in ("backend", "strict", "batch_invariant", *MADE):
             vars(self).pop(name, None)
 
     def why_not(self, pixel_values: Tensor, *args, **kwargs) -> str | None:
@@ -113,12 +115,15 @@ class Fused(nn.Module):
         if dtype and autocast_reason(weight.device, weight.dtype, False):
             dtype = None  # stock's code runs in that region
         derived = self._derived.get(dtype)
-        if derived and (derived.ops.backend != backend or not derived.source.is_unchanged()):
+        kind = backend, self.batch_invariant
+        if derived and (
+            (derived.ops.backend, derived.ops.batch_invariant) != kind or not derived.source.is_unchanged()
+        ):
             derived = None
             self._derived = {}  # the old copies go before the new ones are made
         if not derived:
-            derived = Derived(self._tower, self.anatomy, backend, dtype)
-            others = {kind: other for kind, other in self._derived.items() if other.source.is_unchanged()}
+            derived = Derived(self._tower, self.anatomy, *kind, dtype)
+            others = {key: other for key, other in self._derived.items() if other.source.is_unchanged()}
             self._derived = {**others, dtype: derived}
         return derived
 
@@ -144,7 +149,7 @@ class Fused(nn.Module):
             self.forget_derived()  # the weights are about to change, perhaps in ways that torch does not count
         if self.strict:
             raise RuntimeError(f"the fused forward does not apply: {reason}")
-        _log_once(type(self).__name__, reason)
+        _log_once(type(self).__name__, reason, self.batch_invariant)
 
     def _call_reasons(self, pixel_values: Tensor, *args, **kwargs) -> Iterator[str]:
         """The reasons that lie in the call and its circumstances, not in the tower."""
@@ -187,16 +192,30 @@ def checked_backend(backend: str | None) -> str:
     return backend
 
 
+def checked_batch_invariant(batch_invariant: bool | None) -> bool:
+    """`batch_invariant`, or what SIGLIP_FAST_BATCH_INVARIANT says, or False. Raises TypeError where it is no bool,
+    ValueError where the variable is neither 0 nor 1."""
+    if batch_invariant is None:
+        value = os.environ.get("SIGLIP_FAST_BATCH_INVARIANT") or "0"
+        if value not in ("0", "1"):
+            raise ValueError(f"SIGLIP_FAST_BATCH_INVARIANT: expected 0 or 1, got {value!r}")
+        return value == "1"
+    if not isinstance(batch_invariant, bool):
+        raise TypeError(f"batch_invariant: expected a bool, got {batch_invariant!r}")
+    return batch_invariant
+
+
 def stock_class(fast: type[Fused]) -> type[nn.Module]:
     """The class whose instances become those of `fast`."""
     return fast.__mro__[fast.__mro__.index(Fused) + 1]  # FSDP puts a class of its own before ours
 
 
 @torch.compiler.assume_constant_result
-def _log_once(name: str, reason: str) -> None:
-    if (name, reason) not in _logged:
-        _logged.add((name, reason))
-        logger.warning("running the stock %s forward: %s", name, reason)
+def _log_once(name: str, reason: str, batch_invariant: bool) -> None:
+    if (name, reason, batch_invariant) not in _logged:
+        _logged.add((name, reason, batch_invariant))
+        but = ", which is not batch invariant" if batch_invariant else ""
+        logger.warning("running the stock %s forward%s: %s", name, but, reason)
 
 
-_logged: set[tuple[str, str]] = set()
+_logged: set[tuple[str, str, bool]] = set()

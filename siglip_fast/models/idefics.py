@@ -29,7 +29,7 @@ class IdeficsTower(Fused):
 
     def __init__(self, config: PretrainedConfig):
         super().__init__(config)
-        self.become_fast(backend=None, strict=False)
+        self.become_fast(backend=None, strict=False, batch_invariant=None)
 
     def forward(
         self, pixel_values: Tensor, patch_attention_mask: Tensor | None = None, **kwargs

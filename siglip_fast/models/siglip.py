@@ -116,18 +116,30 @@ class SiglipVisionModel(SiglipTower, transformers.SiglipVisionModel):
             SIGLIP_FAST_BACKEND, else "auto".
         strict: raise RuntimeError with the reason instead of running the stock forward (not under torch.export,
             where the stock forward is always the one that is traced).
+        batch_invariant: each image gets the same bits alone, in any batch, at any place of it, and from a CUDA graph of
+            a larger one (docs/batch-invariance.md has what it costs). For the fused forward, on one machine, with one
+            number of threads: where stock's runs instead nothing is promised, and the log line says so. Default: the
+            environment variable SIGLIP_FAST_BATCH_INVARIANT (0 or 1), else False.
 
     Raises:
-        ValueError: the backend's name is unknown.
+        ValueError: the backend's name is unknown, or SIGLIP_FAST_BATCH_INVARIANT neither 0 nor 1.
+        TypeError: batch_invariant is no bool.
     """
 
     anatomy = of_transformers(
         modeling_siglip, "Siglip", tower_class=getattr(modeling_siglip, "SiglipVisionTransformer", None)
     )
 
-    def __init__(self, config: SiglipVisionConfig, *, backend: str | None = None, strict: bool = False):
+    def __init__(
+        self,
+        config: SiglipVisionConfig,
+        *,
+        backend: str | None = None,
+        strict: bool = False,
+        batch_invariant: bool | None = None,
+    ):
         super().__init__(config)
-        self.become_fast(backend, strict)
+        self.become_fast(backend, strict, batch_invariant)
 
 
 if hasattr(modeling_siglip, "SiglipVisionTransformer"):

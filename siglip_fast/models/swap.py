@@ -16,7 +16,7 @@ from typing import NamedTuple
 from torch import nn
 from transformers import AutoModel, SiglipVisionConfig
 
-from .base import Fused, checked_backend, stock_class
+from .base import Fused, checked_backend, checked_batch_invariant, stock_class
 
 logger = logging.getLogger("siglip_fast")
 
@@ -66,7 +66,9 @@ def towers(model: nn.Module) -> Towers:
     return Towers(_find(model, "", set()))
 
 
-def apply_to(model: nn.Module, *, backend: str | None = None, strict: bool = False) -> nn.Module:
+def apply_to(
+    model: nn.Module, *, backend: str | None = None, strict: bool = False, batch_invariant: bool | None = None
+) -> nn.Module:
     """Makes the SigLIP vision towers in `model` fast, in place, and returns `model`.
 
     The parameters stay the very same objects, names in the state dict do not change. What a tower's fused forward does
@@ -76,13 +78,14 @@ def apply_to(model: nn.Module, *, backend: str | None = None, strict: bool = Fal
     Args:
         model: a vision tower, or any module around some: of transformers (SiglipModel, PaliGemma, Gemma 3, LLaVA, …),
             timm or open_clip.
-        backend, strict: as in the constructor of `siglip_fast.SiglipVisionModel`; for towers made fast by this call.
+        backend, strict, batch_invariant: as in the constructor of `siglip_fast.SiglipVisionModel`; for towers made fast by this call.
 
     Raises:
-        TypeError: model is no torch.nn.Module.
+        TypeError: model is no torch.nn.Module, or batch_invariant no bool.
         ValueError: there is no such tower in it, or the backend's name is unknown.
     """
     checked_backend(backend)
+    checked_batch_invariant(batch_invariant)
     found = towers(model)
     if not found:
         raise ValueError(f"model: expected a SigLIP vision tower in it, found none in this {type(model).__name__}")
@@ -92,7 +95,7 @@ def apply_to(model: nn.Module, *, backend: str | None = None, strict: bool = Fal
             logger.warning("left alone: %s: %s", name, tower.reason)
         elif not tower.fast:
             _set_class(tower.module, _fast_class(type(tower.module)))
-            tower.module.become_fast(backend, strict)
+            tower.module.become_fast(backend, strict, batch_invariant)
     return model
 
 

@@ -118,6 +118,13 @@ class VisionTransformer(Fused, stock.VisionTransformer):
         if outputs is None:
             return super().forward(x, *args, **kwargs)
         tokens, pooled = outputs
+        if not self.batch_invariant:
+            return self._classified(tokens, pooled)
+        images = zip(tokens.split(1), [None] * len(tokens) if pooled is None else pooled.split(1), strict=True)
+        return torch.cat([self._classified(*image) for image in images])
+
+    def _classified(self, tokens: Tensor, pooled: Tensor | None) -> Tensor:
+        """By timm's own code."""
         return self.forward_head(tokens) if pooled is None else self.head(self.head_drop(self.fc_norm(pooled)))
 
     def _outputs(self, x: Tensor, pool: bool, *args, **kwargs) -> tuple[Tensor, Tensor | None] | None:

@@ -11,8 +11,8 @@ from .weights import Derived
 
 
 class Traced(Fused):
-    def become_fast(self, backend: str | None, strict: bool) -> None:
-        super().become_fast(backend, strict)
+    def become_fast(self, backend: str | None, strict: bool, batch_invariant: bool | None) -> None:
+        super().become_fast(backend, strict, batch_invariant)
         self._handle = Handle(self)
 
     def _route(self, pixel_values: Tensor, *args, **kwargs) -> tuple[Derived | None, str | None]:

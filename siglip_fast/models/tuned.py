@@ -25,8 +25,11 @@ class Tuned(Fused):
 
         Raises:
             ValueError: a batch size is not a positive integer.
-            RuntimeError: the Triton kernels do not run on the model's device.
+            RuntimeError: the Triton kernels do not run on the model's device, or the model is batch invariant and would not
+                use what is measured.
         """
+        if self.batch_invariant:
+            raise RuntimeError("tune: a batch-invariant model runs built-in configurations, whatever is measured")
         weight = self._patch_weight()
         try:
             return tune(self.config, weight.dtype, batch_sizes, weight.device, budget=budget, force=force)
@@ -37,6 +40,8 @@ class Tuned(Fused):
         """To be called before a forward runs on weights that are new."""
         if derived.ops.backend == "triton" and not is_capturing(pixel_values):
             derived.is_new = False
+            if derived.ops.batch_invariant:
+                return
             patch = derived.weights.patch
             tokens = math.prod(size // patch.patch_size for size in pixel_values.shape[2:])
             first_contact(self.config, patch.weight.dtype, len(pixel_values), tokens, patch.weight.device)

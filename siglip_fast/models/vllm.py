@@ -19,7 +19,7 @@ from vllm.model_executor.parameter import ModelWeightParameter
 
 from ..errors import typed_line
 from .anatomy import Anatomy, Unsupported, check_head_dim, check_position_ids, check_tensors, layer_view
-from .base import Fused, checked_backend
+from .base import Fused, checked_backend, checked_batch_invariant
 from .reasons import autocast_dtype
 
 _PARAMETERS = (nn.Parameter, ModelWeightParameter)  # the latter adds only how it is loaded
@@ -78,7 +78,9 @@ class FastSiglipVisionTransformer(Fused, siglip.SiglipVisionTransformer):
     """vLLM's tower; where the operations do not apply, vLLM's forward runs, and the reason is logged once."""
 
     anatomy = Anatomy(check, view, lambda tower: tower.embeddings.patch_embedding, ("config",), _PARAMETERS)
-    backend = checked_backend(None)  # here, so that an unknown name stops the plugin and not the server
+    # here, so that an unknown value stops the plugin and not the server
+    backend = checked_backend(None)
+    batch_invariant = checked_batch_invariant(None)
     _failure: str | None = None
 
     def forward(self, pixel_values: Tensor, *, interpolate_pos_encoding: bool = False, **kwargs) -> Tensor:
@@ -123,8 +125,8 @@ class FastSiglipVisionTransformer(Fused, siglip.SiglipVisionTransformer):
     def _request_reasons(self, interpolate_pos_encoding: bool = False) -> Iterator[str]:
         if self._failure:
             yield self._failure
-        if vllm.envs.VLLM_BATCH_INVARIANT:
-            yield "VLLM_BATCH_INVARIANT is set"
+        if vllm.envs.VLLM_BATCH_INVARIANT and not self.batch_invariant:
+            yield "VLLM_BATCH_INVARIANT is set (and SIGLIP_FAST_BATCH_INVARIANT=1 is not)"
         if interpolate_pos_encoding:
             yield "interpolate_pos_encoding was asked for"
         if autocast_dtype(self.embeddings.position_embedding.weight.device):

@@ -30,11 +30,18 @@ class Derived:
     `dtype` is what they compute in, by default the parameters'; another one is autocast's.
     """
 
-    def __init__(self, tower: nn.Module, anatomy: Anatomy, backend: str, dtype: torch.dtype | None = None):
+    def __init__(
+        self,
+        tower: nn.Module,
+        anatomy: Anatomy,
+        backend: str,
+        batch_invariant: bool = False,
+        dtype: torch.dtype | None = None,
+    ):
         self.source = Source(tower, anatomy.watched, anatomy.parameters)
         self._dtype = dtype
         self._anatomy = anatomy
-        self.ops = Ops(backend, _selection_on)
+        self.ops = Ops(backend, _selection_on, batch_invariant)
         self.forward = forward if dtype is None else forward_in_autocast
         self.weights: TowerWeights | None = None
         self.graphs: Graphs | None = None  # CUDA graphs that read them

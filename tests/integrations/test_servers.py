@@ -295,6 +295,9 @@ with torch.autocast("cpu", torch.bfloat16):
     delegates(build(), "autocast is active", same=False)
 os.environ["VLLM_BATCH_INVARIANT"] = "1"
 delegates(build(), "VLLM_BATCH_INVARIANT is set", same=False)
+invariant = build()
+invariant.vision_model.batch_invariant = True
+assert "VLLM_BATCH_INVARIANT" not in (invariant.vision_model.why_not(pixels) or "")
 del os.environ["VLLM_BATCH_INVARIANT"]
 delegates(build(), "gradients are needed", pixels.clone().requires_grad_(), same=False)
 
