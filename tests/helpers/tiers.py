@@ -20,6 +20,7 @@ GATE = {
     "kernels/test_linear_residual.py": r"fp(32|16)-triton-(so400m|giant|large)|fp32-triton-base",
     "kernels/test_patch_embed.py": r"triton-(giant|base-patch32)",
     "test_ops.py": r"fp32_dot_precision",
+    "models/test_batch_invariance.py": r"test_(?!bytes)\w*\[triton",
     "backends/test_invariant.py": r"test_rows\[.*sm_(80|100)|test_rows\[fp32.*(attention|pool)|autocast|machine_code\[(?!sm_90-ahead)",
     # other processes: compilers, torchrun, Ray, an interpreter for each recipe or command
     "bench/test_static.py": r"",

@@ -47,6 +47,19 @@ def assert_equal(actual, expected, atol=1e-4):
     torch.testing.assert_close(actual.last_hidden_state, expected.last_hidden_state, atol=atol, rtol=0)
 
 
+@torch.no_grad()
+def test_batch_invariant(stock, monkeypatch):
+    """With a library whose results depend on the number of rows."""
+    linear = torch.nn.functional.linear
+    monkeypatch.setattr(torch.nn.functional, "linear", lambda x, *args: linear(x, *args) + 1e-3 * x[..., 0].numel())
+    images = pixels(16, 24)
+    for batch_invariant in (True, False):
+        ours = apply_to(copy.deepcopy(stock), backend="torch", strict=True, batch_invariant=batch_invariant)
+        rows = ours(images).last_hidden_state
+        equal = [torch.equal(ours(images[i : i + 1]).last_hidden_state[0], row) for i, row in enumerate(rows)]
+        assert equal == [batch_invariant] * len(images)
+
+
 @pytest.mark.parametrize("height, width", [(24, 24), (16, 24), (8, 8), (27, 17)])
 @torch.no_grad()
 def test_as_stock(height, width, stock, backend):

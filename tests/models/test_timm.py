@@ -379,3 +379,18 @@ class TestOpenClip:
         apply_to(model, strict=True)
         actual = model.encode_image(pixels.bfloat16())
         assert (actual - expected).norm() <= 2e-2 * expected.norm()
+
+
+@pytest.mark.parametrize("head", ["class", "classifier", "mean of the tokens"])
+@pytest.mark.parametrize("batch_invariant", [True, False])
+@torch.no_grad()
+def test_batch_invariant(head, batch_invariant, pixels, monkeypatch):
+    """What timm computes behind the tower, too: with a library whose results depend on the number of rows."""
+    linear = torch.nn.functional.linear
+    monkeypatch.setattr(torch.nn.functional, "linear", lambda x, *args: linear(x, *args) + 1e-3 * x[..., 0].numel())
+    settings = {"class": {}, "classifier": {"num_classes": 5}, "mean of the tokens": {"global_pool": "avg"}}[head]
+    model, images = fast(tiny(**settings), strict=True, backend="torch", batch_invariant=batch_invariant), pixels
+    for forward in (model, model.forward_features):
+        rows = forward(images)
+        equal = [torch.equal(forward(images[i : i + 1])[0], row) for i, row in enumerate(rows)]
+        assert equal == [batch_invariant] * len(images)

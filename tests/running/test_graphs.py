@@ -122,6 +122,22 @@ def test_a_smaller_batch_after_a_larger_one(model, stock):
     assert_equal(model, stock, pixels(3))
 
 
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@torch.no_grad()
+def test_batch_invariant_in_a_larger_graph(stock, recorder, backend):
+    """To the bit: alone without a graph, and padded into one of another size, beside whatever images."""
+    model = drop_in(stock, backend=backend, batch_invariant=True).to(DEVICE)
+    images = pixels(6)
+    alone = [model(images[i : i + 1]) for i in range(6)]
+    model.capture([1, 4, 8])
+    model(pixels(8, seed=1))
+    for batch in ([0], [5, 1, 2], [3, 4, 0, 1, 2]):
+        output = model(images[batch])
+        for key in ("last_hidden_state", "pooler_output"):
+            assert all(torch.equal(row, alone[i][key][0]) for i, row in zip(batch, output[key], strict=True))
+    assert recorder.replayed == [8, 1, 4, 8]
+
+
 def test_weight_edits_are_seen(model, stock, recorder):
     model.capture([2])
     assert recorder.recorded == 1

@@ -67,6 +67,16 @@ def test_one_operation_without_a_break(stock, pixels, backend, device, grad_mode
 
 
 @torch.no_grad()
+def test_batch_invariant(stock):
+    """To the bit, compiled or not."""
+    ours, graphs = drop_in(stock, backend="torch", batch_invariant=True), recorder()
+    compiled, images = torch.compile(ours, fullgraph=True, backend=graphs, dynamic=True), torch.randn(5, 3, 24, 24)
+    for i, row in enumerate(compiled(images.to(ours.device)).pooler_output):
+        assert torch.equal(row, ours(images[i : i + 1].to(ours.device)).pooler_output[0])
+    assert has_operation(graphs.graphs[0])
+
+
+@torch.no_grad()
 def test_batch_sizes_share_a_graph(stock, pixels):
     ours, graphs = drop_in(stock), recorder("inductor")
     compiled = torch.compile(ours, fullgraph=True, backend=graphs, dynamic=True)
