@@ -6,11 +6,11 @@ from argparse import Namespace
 from typing import Any
 
 import torch
-from transformers import SiglipVisionConfig
 
 from ..backends.select import load
 from ..errors import typed_line
 from ..feed.loading import load_model, pick_device, route
+from ..models.siglip import SiglipVisionModel
 from ..ops import Linear, NormedLinear, PatchEmbedding
 from ..tuning import cache
 from ..tuning.cache import LAUNCHES, Selection, version_of
@@ -37,18 +37,21 @@ def run(args: Namespace) -> int:
     if not fused:
         return 0
     with torch.no_grad():
-        return 0 if check_operations(model.config, model.dtype, device, model.backend_for(device)) else 1
+        return 0 if check_operations(model, device) else 1
 
 
-def check_operations(config: SiglipVisionConfig, dtype: torch.dtype, device: torch.device, backend: str) -> bool:
+def check_operations(model: SiglipVisionModel, device: torch.device) -> bool:
     """Prints, for each operation of a forward of one image, what runs it and whether its result is right here."""
-    implementation = load(backend, Selection.load)
+    config, backend = model.config, model.backend_for(device)
+    implementation = load(backend, Selection.load, model.batch_invariant)
     if backend == "triton":
-        print(f"measured configurations: {cache_state(device)}")
-        selection = Selection.load(device)
+        print(
+            f"measured configurations: {'not used (batch invariant)' if model.batch_invariant else cache_state(device)}"
+        )
+        selection = implementation.selection(device)
     print("operations, each checked against higher precision on made-up inputs:")
     all_right = True
-    for case in cases(config, (config.image_size // config.patch_size) ** 2, dtype, [1]):
+    for case in cases(config, (config.image_size // config.patch_size) ** 2, model.dtype, [1]):
         run = getattr(implementation, case.operation.name)
         try:
             args = inputs(case, device)

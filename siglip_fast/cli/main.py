@@ -228,4 +228,10 @@ def _add_where(parser: argparse.ArgumentParser) -> None:
         choices=("auto", "triton", "cpu", "torch"),
         help="what runs the model (default: SIGLIP_FAST_BACKEND, else auto)",
     )
+    parser.add_argument(
+        "--batch-invariant",
+        action="store_true",
+        default=None,
+        help="the same bits for an image in every batch (default: SIGLIP_FAST_BATCH_INVARIANT, else not)",
+    )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of --random-weights (default: 0)")

@@ -82,10 +82,11 @@ class Encoder:
                 output = self.model(pixel_values)
             except torch.OutOfMemoryError as error:
                 raise UserError(f"{first_line(error)} Try a smaller --batch-size.") from error
-            if self._pool == "head":
-                embedding = output.pooler_output.float()
-            else:
-                embedding = output.last_hidden_state.float().mean(dim=1)
-            if self._normalize:
-                embedding = torch.nn.functional.normalize(embedding, dim=-1)
-            return embedding.cpu().numpy()
+            states = output.pooler_output if self._pool == "head" else output.last_hidden_state
+            parts = states.split(1) if self.model.batch_invariant else [states]
+            return torch.cat([self._embedding(part) for part in parts]).cpu().numpy()
+
+    def _embedding(self, states: torch.Tensor) -> torch.Tensor:
+        """Of pooled images `[B, D]`, or of their tokens `[B, N, D]`."""
+        embedding = states.float() if self._pool == "head" else states.float().mean(dim=1)
+        return torch.nn.functional.normalize(embedding, dim=-1) if self._normalize else embedding

@@ -29,29 +29,30 @@ def load_model(args: Namespace, device: torch.device, dtype: torch.dtype) -> Sig
     """The model of `args.model` or `args.random_weights`, for inference. Raises UserError where there is no such
     model, it is not whole, or the backend cannot run on the device."""
     config = load_config(args)
+    settings = {"backend": args.backend, "batch_invariant": args.batch_invariant}
     try:
         if args.model:
-            model = _from_pretrained(args.model, config, args.backend)
+            model = _from_pretrained(args.model, config, **settings)
         else:
             warn_of_random_weights(args.random_weights, args.seed)
             torch.manual_seed(args.seed)
-            model = SiglipVisionModel(config, backend=args.backend)
+            model = SiglipVisionModel(config, **settings)
         model.backend_for(device)
     except (ValueError, RuntimeError) as error:  # unknown backend; a backend that cannot run here
         raise UserError(first_line(error)) from error
     return model.eval().to(device, dtype)
 
 
-def _from_pretrained(name: str, config: SiglipVisionConfig, backend: str | None) -> SiglipVisionModel:
+def _from_pretrained(name: str, config: SiglipVisionConfig, **settings: Any) -> SiglipVisionModel:
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()  # it lists the whole text tower as "unexpected"
     try:
         model, report = SiglipVisionModel.from_pretrained(
             name,
             config=config,
-            backend=backend,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are in the report, with their shapes
+            **settings,
         )
     except Exception as error:  # a wrong name, no network, a broken file: a type each
         raise UserError(f"cannot load {name}: {first_line(error)}") from error
@@ -107,4 +108,4 @@ def route(model: SiglipVisionModel, pixel_values: torch.Tensor) -> str:
     """Which code runs for `pixel_values`, and why if it is the stock code. Call it as the model is called."""
     if reason := model.why_not(pixel_values):
         return f"stock transformers, because {reason}"
-    return f"backend {model.backend_for(pixel_values.device)}"
+    return f"backend {model.backend_for(pixel_values.device)}" + ", batch invariant" * model.batch_invariant

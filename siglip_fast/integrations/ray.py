@@ -35,7 +35,7 @@ class Embedder:
         error: string, why there is none, null where there is one
 
     A batch is one forward of the model. `dtype` is a name, by default bfloat16 on a GPU, else float32; `device` is
-    "cuda" or "cpu", by default what the actor has; `pool` is "head" or "mean"; `workers` are threads that decode.
+    "cuda" or "cpu", by default what the actor has; `backend` and `batch_invariant` are the model's; `pool` is "head" or "mean"; `workers` are threads that decode.
 
     Raises:
         UserError: the model cannot be loaded, or a forward ran out of memory.
@@ -52,6 +52,7 @@ class Embedder:
         dtype: str | None = None,
         device: str | None = None,
         backend: str | None = None,
+        batch_invariant: bool | None = None,
         pool: str = "head",
         normalize: bool = False,
         workers: int = 4,
@@ -64,6 +65,7 @@ class Embedder:
                 dtype=dtype,
                 device=device,
                 backend=backend,
+                batch_invariant=batch_invariant,
                 pool=pool,
                 normalize=normalize,
             )

@@ -147,7 +147,7 @@ def test_one_configuration_for_any_number_of_rows(variant, arch, dtype, monkeypa
 
 
 @pytest.mark.parametrize("view", ["a-slice", "channels-last", "unaligned", "every-second", "as-it-is"])
-def test_pixels_are_laid_out_alike(view):
+def test_pixels_are_laid_out_alike(view, monkeypatch):
     """Whatever memory they are in: Triton would compile other kernels."""
     pixels = torch.arange(3 * 3 * 6 * 10, dtype=torch.float32).view(3, 3, 6, 10)
     image = {
@@ -157,7 +157,13 @@ def test_pixels_are_laid_out_alike(view):
         "every-second": pixels[::2].roll(1, 0)[1:].copy_(pixels[1:2]),
         "as-it-is": pixels[1:2].clone(),
     }[view]
-    laid_out = triton_backend._laid_out(image)
+    seen = []
+    monkeypatch.setitem(
+        triton_backend.RUN, "patch_embed", lambda choice, pixels, *_: seen.append(pixels) or (pixels, None)
+    )
+    patch = PatchEmbedding(torch.zeros(8, 12), torch.zeros(8), 2)
+    Ops("triton", batch_invariant=True).patch_embed(image, patch, torch.zeros(15, 8))
+    (laid_out,) = seen
     assert torch.equal(laid_out, pixels[1:2])
     assert laid_out.stride() == (180, 60, 10, 1) and laid_out.data_ptr() % 16 == 0
     assert (laid_out.data_ptr() == image.data_ptr()) == (view in ("a-slice", "every-second", "as-it-is"))

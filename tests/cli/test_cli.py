@@ -15,6 +15,7 @@ import pytest
 import torch
 import transformers
 from PIL import Image
+from torch.nn import functional as F
 from transformers import SiglipVisionConfig
 
 from siglip_fast.cli import demo
@@ -306,6 +307,22 @@ class TestOutput:
         }
         wanted = expected(checkpoint, [picture(0), picture(1)])
         check(read("out.parquet")[1], wanted / np.linalg.norm(wanted, axis=1, keepdims=True))
+
+    @pytest.mark.parametrize("pool", ["head", "mean"])
+    @pytest.mark.parametrize("batch_invariant", [True, False])
+    def test_batch_invariant(self, here, checkpoint, monkeypatch, pool, batch_invariant):
+        """With libraries whose results depend on the size of the batch, in the model and behind it."""
+        linear, mean, normalize = F.linear, torch.Tensor.mean, F.normalize
+        monkeypatch.setattr(F, "linear", lambda x, *args: linear(x, *args) + 1e-3 * len(x))
+        monkeypatch.setattr(torch.Tensor, "mean", lambda x, dim: mean(x, dim) + 1e-3 * len(x))
+        monkeypatch.setattr(F, "normalize", lambda x, dim: normalize(x, dim=dim) * (1 + 1e-3 * len(x)))
+        names = [save(f"{i}.png", picture(i)) for i in range(5)]
+        flags = ["--backend", "torch", "--normalize", "--pool", pool, *["--batch-invariant"] * batch_invariant]
+        assert run(checkpoint, *names, "--out", "of5.parquet", "--batch-size", "5", *flags) == 0
+        assert run(checkpoint, *names, "--out", "of2.parquet", "--batch-size", "2", *flags) == 0
+        assert np.array_equal(read("of5.parquet")[1], read("of2.parquet")[1]) is batch_invariant
+        backend = parquet.read_schema("of5.parquet").metadata[b"backend"]
+        assert backend == (b"backend torch, batch invariant" if batch_invariant else b"backend torch")
 
     @pytest.mark.parametrize(("images", "groups"), [(11, 2), (12, 2), (13, 3)])
     def test_parquet_is_written_in_row_groups(self, here, checkpoint, monkeypatch, images, groups):

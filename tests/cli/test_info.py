@@ -94,3 +94,11 @@ def test_derived_bytes_by_hand(isa, monkeypatch):
     elif isa == "AVX2" and ONEDNN:  # with F, no multiple of 8, nothing is packed
         copies += 3 * 8 * 8 * D + L * (3 * D * D + D * D)
     assert ours.derived_bytes() == 4 * copies
+
+
+def test_batch_invariant(tiny, device, capsys):
+    assert main(["info", "--device", device, "--backend", "triton", "--dtype", "float16", "--batch-invariant"]) == 0
+    out = capsys.readouterr().out
+    assert "runs on: backend triton, batch invariant" in out
+    assert "measured configurations: not used (batch invariant)" in out
+    assert out.count("(built-in, the same for every batch)") == 2 * out.count(" rows: right") == 2 * 11

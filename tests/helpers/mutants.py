@@ -34,6 +34,7 @@ _TILES = "tests/kernels/test_tiles.py -k 'triton and bf16 and"
 _PERSISTENT_NORMED = f"{_TILES} test_persistent_layernorm_linear and"
 _DESCRIPTORS = "tests/kernels/test_tiles.py -k 'triton and fp16 and descriptors and"
 _AHEAD = "tests/backends/test_ahead.py -k"
+_INVARIANT = "tests/backends/test_invariant.py -k"
 
 # Edits of a persistent program's steps, which both kernels take, and of the loop that both hold: old and new.
 _STEPS = {
@@ -553,6 +554,45 @@ MUTANTS = {
         f"{_AHEAD} stops_nothing",
         interpreted=True,
     ),
+    "invariant-splits-k": Mutant(
+        "siglip_fast/backends/invariant.py",
+        "gemm_default(dtype, arch, ROWS, *dims[:2])",
+        "gemm_default(dtype, arch, 196, *dims[:2], split=True)",
+        f"{_INVARIANT} 'one_configuration and fp16 and base'",
+        interpreted=True,
+    ),
+    "invariant-pixels-as-they-lie": Mutant(
+        "siglip_fast/backends/triton.py",
+        "pixel_values = _laid_out(pixel_values)",
+        "pass",
+        f"{_INVARIANT} laid_out",
+        interpreted=True,
+    ),
+    "invariant-loads-what-it-never-runs": Mutant(
+        "siglip_fast/backends/triton.py",
+        "(lambda: [choice]) if self._batch_invariant else lambda:",
+        "lambda:",
+        f"{_INVARIANT} 'machine_code and sm_90-ahead'",
+        interpreted=True,
+    ),
+    "invariant-two-images-at-once": Mutant(
+        "siglip_fast/ops.py",
+        "            return 1\n",
+        "            return 2\n",
+        "tests/models/test_batch_invariance.py -k library",
+        interpreted=True,
+    ),
+    # The mode is asked for, and configurations depend on the number of rows all the same.
+    **{
+        f"invariant-by-the-rows-{name}": Mutant(
+            "siglip_fast/backends/triton.py",
+            "self._selection_on = Invariant if batch_invariant else selection_on",
+            "self._selection_on = selection_on",
+            f"{_INVARIANT} 'test_rows and fp16-sm_90 and {name}'",
+            interpreted=True,
+        )
+        for name in ("attention", "fc2", "pool")
+    },
     **{
         f"persistent-{kernel}-{name}": Mutant(file, *edit, f"{_TILES} test_persistent_{kernel} and five'")
         for kernel in ("layernorm_linear", "linear_residual")

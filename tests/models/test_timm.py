@@ -388,7 +388,11 @@ def test_batch_invariant(head, batch_invariant, pixels, monkeypatch):
     """What timm computes behind the tower, too: with a library whose results depend on the number of rows."""
     linear = torch.nn.functional.linear
     monkeypatch.setattr(torch.nn.functional, "linear", lambda x, *args: linear(x, *args) + 1e-3 * x[..., 0].numel())
-    settings = {"class": {}, "classifier": {"num_classes": 5}, "mean of the tokens": {"global_pool": "avg"}}[head]
+    settings = {
+        "class": {},
+        "classifier": {"num_classes": 5},
+        "mean of the tokens": {"num_classes": 5, "global_pool": "avg", "fc_norm": False},
+    }[head]
     model, images = fast(tiny(**settings), strict=True, backend="torch", batch_invariant=batch_invariant), pixels
     for forward in (model, model.forward_features):
         rows = forward(images)

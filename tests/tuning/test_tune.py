@@ -339,7 +339,7 @@ def test_descriptors_where_a_parameter_is_not_aligned(name, dims, device):
     found = {"route": "triton", "config": tile, "microseconds": {"x": 1.0}}
     entries = {str(case.operation): {"32": {"eager": found, "graph": found, "dropped": {}}}}
     backend = select.load("triton", lambda device: cache.Selection(entries))
-    chosen = backend._selection(args[0].device).choice(name, dims, torch.float16, 18)
+    chosen = backend.selection(args[0].device).choice(name, dims, torch.float16, 18)
     assert args[i].weight.data_ptr() % 16 and chosen.config == tile
     assert Verifier(case, torch.device(device), tuple(args))(lambda: getattr(backend, name)(*args)) is None
 
