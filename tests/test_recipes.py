@@ -23,7 +23,10 @@ from pyarrow import parquet
 
 HELPERS = str(Path(__file__).parent / "helpers")
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *(ROOT / "docs" / f"{page}.md" for page in ("swap", "embedding", "gpu"))]
+PAGES = [
+    ROOT / "README.md",
+    *(ROOT / "docs" / f"{page}.md" for page in ("swap", "embedding", "gpu", "batch-invariance")),
+]
 CHECKPOINTS = {"google/siglip-base-patch16-224": save_tiny_siglip, "google/paligemma2-3b-mix-224": save_tiny_paligemma}
 
 
@@ -90,6 +93,7 @@ assert embeddings.shape == (2, 64)
 """,
         requires=("sentence_transformers",),
     ),
+    "Batch invariance": Recipe(after="assert model.batch_invariant"),
     "On a GPU": Recipe(
         before="""
 import torch

@@ -30,6 +30,9 @@ in an environment with the transformers version of the column, checked by `tests
 - **untouched**: the tower is left as it is.
 - **absent**: this transformers has no such model.
 
+Where a tower runs fused it is batch invariant if asked (`batch_invariant=True`, docs/batch-invariance.md), but for what the
+model computes around it; where it is delegated or untouched it is as stock's.
+
 Reasons are below the table.
 """
 
