@@ -113,8 +113,13 @@ class Backend:
 def _laid_out(pixel_values: torch.Tensor) -> torch.Tensor:
     """Contiguous and aligned: Triton compiles a kernel of its own for other strides and addresses, as slices of a batch
     have them."""
-    flat = pixel_values.contiguous().view(-1)  # which gives a batch of one the strides of any other
-    return (flat.clone() if flat.data_ptr() % 16 else flat).view(pixel_values.shape)
+    if not pixel_values.is_contiguous() or pixel_values.data_ptr() % 16:
+        pixel_values = call(_copied, pixel_values)
+    return pixel_values.view(-1).view(pixel_values.shape)  # a batch of one may have had any stride
+
+
+def _copied(pixel_values: torch.Tensor) -> torch.Tensor:
+    return pixel_values.clone(memory_format=torch.contiguous_format)
 
 
 def _specialised(args: tuple) -> Iterator:

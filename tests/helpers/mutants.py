@@ -570,8 +570,8 @@ MUTANTS = {
     ),
     "invariant-loads-what-it-never-runs": Mutant(
         "siglip_fast/backends/triton.py",
-        "(lambda: [choice]) if self._batch_invariant else lambda:",
-        "lambda:",
+        "return [selection.choice(name, dims, dtype)]",
+        "return [DEFAULT, selection.choice(name, dims, dtype)]",
         f"{_INVARIANT} 'machine_code and sm_90-ahead'",
         interpreted=True,
     ),

@@ -32,10 +32,10 @@ def model():
     return make_model()
 
 
-def make_model(dtype=torch.float32, **changes):
+def make_model(dtype=torch.float32, batch_invariant=False, **changes):
     small = TINY | {"num_hidden_layers": 1, "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 48}
     stock = stock_model(SiglipVisionConfig(**small | changes)).to(dtype)
-    return drop_in(stock, backend="triton", strict=True)
+    return drop_in(stock, backend="triton", strict=True, batch_invariant=batch_invariant)
 
 
 def images(count, size=24, dtype=torch.float32):
@@ -100,6 +100,15 @@ def test_pixels(model, pixels):
     with torch.no_grad():
         for _ in range(3):
             assert torch.equal(model(pixels).last_hidden_state, expected.last_hidden_state)
+
+
+def test_batch_invariant():
+    """Which lays out pixels anew where it has to: a call, in the middle of a plan."""
+    model, alone = make_model(batch_invariant=True), PIXELS["transposed"]()
+    check(model, alone)
+    with torch.no_grad():
+        rows = [model(image[None]).pooler_output for image in alone]
+        assert torch.equal(torch.cat(rows), model(alone).pooler_output)
 
 
 def test_kernels_are_told_apart_by_the_alignment_of_pixels(model):
