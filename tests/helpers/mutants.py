@@ -79,14 +79,14 @@ MUTANTS = {
     ),
     "stream-rounded-before-the-epilogue": Mutant(
         "kernels/linear_residual.py",
-        "sums = torch.empty((splits, M, N), dtype=torch.float32,",
-        "sums = torch.empty((splits, M, N), dtype=x.dtype,",
+        "sums = empty((splits, M, N), torch.float32,",
+        "sums = empty((splits, M, N), x.dtype,",
         f"{_STREAM_SPLIT}'",
     ),
     "stream-begins-rounded": Mutant(
         "kernels/patch_embed.py",
-        "out = torch.empty((B, N, D), dtype=position.dtype",
-        "out = torch.empty((B, N, D), dtype=weight.dtype",
+        "out = empty((B, N, D), position.dtype",
+        "out = empty((B, N, D), weight.dtype",
         f"{_STREAM} patch_embed'",
     ),
     "attention-mask-off-by-one": Mutant(
