@@ -154,9 +154,11 @@ def tail_width(N: int, BLOCK_N: int) -> int:
 
 def attention_configs(dtype: torch.dtype, arch: str, B: int, N: int, H: int, d: int) -> list[dict[str, int]]:
     """Candidates, the default first. PAD: one slice, padded, in place of two, for GPUs on which chained dots fail."""
-    configs = default_first(attention_default(dtype, arch, B, N, H, d), attention_tiles(dtype))
+    configs = default_first(attention_default(dtype, arch, B, N, H, d), attention_tiles(dtype, arch))
     two_slices = head_slices(d)[1] > 0 and dtype != torch.float32  # in fp32 every padded tile spills
-    return configs + [config | {"PAD": True} for config in configs[:4] if two_slices]
+    # So do those with more rows a warp.
+    padded = [config for config in configs[:4] if two_slices and config["BLOCK_M"] <= 16 * config["num_warps"]]
+    return configs + [config | {"PAD": True} for config in padded]
 
 
 def attention(qkv: torch.Tensor, config: dict[str, int] | None = None) -> torch.Tensor:

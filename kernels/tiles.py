@@ -245,6 +245,8 @@ ATTENTION_TILES = [
 FP32_ATTENTION_TILES = [(32, 16, 8, 2), (16, 16, 4, 2)]  # the others tried spill on sm_90 for one d of 64, 72 and 96
 
 
-def attention_tiles(dtype: torch.dtype) -> list[Config]:
+def attention_tiles(dtype: torch.dtype, arch: str) -> list[Config]:
     tiles = FP32_ATTENTION_TILES if dtype == torch.float32 else ATTENTION_TILES
+    if arch == "sm_90":  # where too many products wait in a short loop of two slices and two stages
+        tiles = [tile for tile in tiles if tile[1] != 32 or tile[3] > 2]
     return [{"BLOCK_M": m, "BLOCK_N": n, "num_warps": warps, "num_stages": stages} for m, n, warps, stages in tiles]

@@ -106,8 +106,9 @@ def launches(operation):
             pixels, position = empty(1, 3, 384, 384), empty(N, D)
             yield lambda: patch_embed.patch_embed(pixels, empty(D, 588), empty(D), position, 14, config=config)
     if operation == "attention":
-        for config in attention_module.attention_configs(dtype, 72, "sm_90"):
-            yield lambda: attention(empty(1, N, 3, H, 72), config)
+        for B in (1, 64):
+            for config in attention_module.attention_configs(dtype, "sm_90", B, N, H, 72):
+                yield lambda: attention(empty(B, N, 3, H, 72), config)
 
 def report(operation):
     for launch in launches(operation):
@@ -168,7 +169,7 @@ def test_candidates(operation, triton, request):
     path = request.getfixturevalue(triton) if triton else ""
     result = python("-c", GATE + CANDIDATES + f"report({operation!r})", path=path)
     lines = result.stdout.splitlines()
-    assert result.returncode == 0 and len(lines) >= 8, result.stdout + result.stderr
+    assert result.returncode == 0 and len(lines) >= 7, result.stdout + result.stderr
     wrong = ("spills", "shared memory", "compile", "serialized")
     assert not [line for line in lines if any(word in line for word in wrong)]
 
