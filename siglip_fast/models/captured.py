@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import weakref
 from collections.abc import Callable, Sequence
 
 import torch
@@ -75,7 +76,7 @@ class Captured(Tuned):
             logger.warning("recording CUDA graphs again failed, there are none any more: %s", error)
             return None
         size = graphs.batch_size_for(pixel_values)
-        if size and (interpolate or not must_interpolate(self._tower.embeddings, *pixel_values.shape[2:])):
+        if size and (interpolate or not graphs.is_interpolated):
             return graphs.replay(size, pixel_values)
         return None
 
@@ -93,9 +94,13 @@ class Captured(Tuned):
         last = self._derived.get(autocast_dtype(pixel_values.device))
         asked = asked_for("output_hidden_states", self.config, kwargs)
         is_ready = last is not None and last.is_trusted and last.graphs is not None and not asked
-        outputs = self._replayed(last, pixel_values, interpolate) if is_ready else None
+        # A graph reads memory by its address, so that much has to be known first.
+        begins = is_ready and last.source.is_in_place()
+        outputs = self._replayed(last, pixel_values, interpolate) if begins else None
+        begun = weakref.ref(last) if outputs else lambda: None
+        del last  # old weights go before new ones are made
         derived, reason = self._checked()
-        return derived, reason, outputs if derived is last and reason is None else None
+        return derived, reason, outputs if derived is begun() and reason is None else None
 
     def _record(self, derived: Derived, batch_sizes: tuple[int, ...], image_size: int) -> Graphs:
         with RECORDING:
@@ -104,7 +109,7 @@ class Captured(Tuned):
                 interpolate = must_interpolate(embeddings, image_size, image_size)
                 position = position_of(embeddings, image[None], interpolate)
                 forward = functools.partial(derived.forward, derived.ops, derived.weights, position=position)
-                derived.graphs = Graphs(forward, batch_sizes, image)
+                derived.graphs = Graphs(forward, batch_sizes, image, interpolate)
             return derived.graphs
 
     def _example(self, image_size: int) -> Tensor:

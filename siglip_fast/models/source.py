@@ -4,14 +4,15 @@ Every forward asks, and there are hundreds of modules and tensors. So each quest
 functions that loop in C: with loops in Python the answers took as long as thirty kernel launches.
 """
 
-from collections.abc import Iterable, Iterator
-from itertools import chain
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain, repeat
 from operator import attrgetter, is_, itemgetter
 from typing import Any
 
 from torch import Tensor, nn
 
 _hooks = itemgetter("_forward_hooks", "_forward_pre_hooks")
+_children = itemgetter("_modules")
 _version = attrgetter("_version")
 
 
@@ -26,22 +27,25 @@ class Source:
         self.tower = tower
         self.tensors = [*tower.parameters(), *tower.buffers()]
         self._root = [(name, vars(tower).get(name)) for name in watched]
-        self._modules = modules = [m for m in tower.modules() if m is not tower]
-        self._classes = [type(m) for m in modules]
+        self._modules = modules = [tower, *(m for m in tower.modules() if m is not tower)]
+        self._states = states = [vars(m) for m in modules]
+        self._children = [dict(children) for children in map(_children, states)]
+        # Of the modules below the tower: its own class and attributes change when it becomes stock's again.
+        self._below, self._states_below = modules[1:], states[1:]
+        self._classes = [type(m) for m in self._below]
         self._forwards = [(cls, cls.forward) for cls in set(self._classes)]
-        self._states = [vars(m) for m in modules]
-        self._sizes = [len(state) for state in self._states]
-        self._settings = _Entries((vars(m), settings(m)) for m in modules)
-        self._children = [m._modules for m in (tower, *modules)]
-        self._children_were = [dict(children) for children in self._children]
-        self._tensors = _Entries((d, d) for m in (tower, *modules) for d in (m._parameters, m._buffers))
-        traced = [t for t in self._tensors.values if _is_traced(t, parameters)]
-        self._traced = traced
+        self._sizes = [len(state) for state in self._states_below]
+        self._settings = _Entries(
+            (state, settings(m)) for m, state in zip(self._below, self._states_below, strict=True)
+        )
+        self._parameters = _Entries(((state, state["_parameters"]) for state in states), "_parameters")
+        self._buffers = _Entries(((state, state["_buffers"]) for state in states), "_buffers")
+        values = [*self._parameters.values, *self._buffers.values]
+        self._traced = traced = [t for t in values if _is_traced(t, parameters)]
         # They keep the memory alive, so that a tensor moved elsewhere has another address.
         self._aliases = [t.detach() for t in traced]
         self._addresses = [t.data_ptr() for t in traced]
         self._versions = [t._version for t in traced]
-        self._replaced = [m for m in (tower, *modules) if "forward" in vars(m) and not is_own_method(m, "forward")]
 
     def is_unchanged(self) -> bool:
         """Whether modules, settings and tensors are still those, unedited, that this was made from.
@@ -52,56 +56,71 @@ class Source:
         try:
             return (
                 all(root.get(name) is value for name, value in self._root)
-                and self._children == self._children_were
-                and [*map(type, self._modules)] == self._classes
+                and all(map(is_, map(vars, self._modules), self._states))
+                and [*map(_children, self._states)] == self._children
+                and [*map(type, self._below)] == self._classes
                 and all(cls.forward is forward for cls, forward in self._forwards)
-                and [*map(len, self._states)] == self._sizes
+                and [*map(len, self._states_below)] == self._sizes
                 and self._settings.are_equal()
-                and self._tensors.are_the_same()
+                and self._parameters.are_the_same()
+                and self._buffers.are_the_same()
                 and [*map(_version, self._traced)] == self._versions
-                and [*map(Tensor.data_ptr, self._traced)] == self._addresses
+                and self.is_in_place()
             )
         except Exception:  # an entry is gone, or a new one cannot be compared
             return False
+
+    def is_in_place(self) -> bool:
+        """Whether the tensors that this was made from have the memory that they had then."""
+        return [*map(Tensor.data_ptr, self._traced)] == self._addresses
 
     def intercepted(self, owner: nn.Module) -> str | None:
         """The reason if a module's forward is hooked or replaced (`owner`'s own aside: it is running), of a source that
         is unchanged."""
         if nn.modules.module._global_forward_hooks or nn.modules.module._global_forward_pre_hooks:
             return "global module hooks are registered"
-        states = self._states if self.tower is owner else [*self._states, vars(self.tower)]
-        if any(chain.from_iterable(map(_hooks, states))):
-            for module in (self.tower, *self._modules):
-                hooks = chain.from_iterable(hooks.values() for hooks in _hooks(vars(module)))
-                if module is not owner and any(map(_is_active, hooks)):
-                    return f"a {type(module).__name__} has forward hooks"
-        for module in self._replaced:
-            if module is not owner:
-                return f"the forward of a {type(module).__name__} is replaced"
+        states = self._states_below if self.tower is owner else self._states
+        if any(chain.from_iterable(map(_hooks, states))) or any(map(dict.__contains__, states, repeat("forward"))):
+            for module in self._modules:
+                if module is not owner and (reason := _interception(module)):
+                    return reason
         return None
 
 
-class _Entries:
-    """Some entries of many dictionaries, and the values that they had when this was made."""
+def _interception(module: nn.Module) -> str | None:
+    hooks = chain.from_iterable(hooks.values() for hooks in _hooks(vars(module)))
+    if any(map(_is_active, hooks)):
+        return f"a {type(module).__name__} has forward hooks"
+    if "forward" in vars(module) and not is_own_method(module, "forward"):
+        return f"the forward of a {type(module).__name__} is replaced"
+    return None
 
-    def __init__(self, entries: Iterable[tuple[dict[str, Any], Iterable[str]]]):
-        """Of dictionaries and names in them."""
+
+class _Entries:
+    """Some entries of many modules' attributes, and the values that they had when this was made."""
+
+    def __init__(self, entries: Iterable[tuple[dict[str, Any], Iterable[str]]], attribute: str | None = None):
+        """Of modules' `__dict__`s and names in them, or in the dictionary that is their `attribute`."""
         by_names: dict[tuple[str, ...], list[dict[str, Any]]] = {}
-        for dictionary, names in entries:
-            by_names.setdefault(tuple(names), []).append(dictionary)
+        for state, names in entries:
+            by_names.setdefault(tuple(names), []).append(state)
+        self._inner = attribute and itemgetter(attribute)
         # itemgetter of one name gives its value, of more a tuple
         self._of_one = [(itemgetter(*names), group) for names, group in by_names.items() if len(names) == 1]
         self._of_more = [(itemgetter(*names), group) for names, group in by_names.items() if len(names) > 1]
         self._before = self._now()
         self.values = [*self._flat()]
 
+    def _rows(self, groups: list[tuple[Callable, list]]) -> list[Iterator]:
+        if self._inner is None:
+            return [map(get, group) for get, group in groups]
+        return [map(get, map(self._inner, group)) for get, group in groups]
+
     def _now(self) -> list[list]:
-        return [[*map(get, group)] for get, group in chain(self._of_one, self._of_more)]
+        return [[*row] for row in chain(self._rows(self._of_one), self._rows(self._of_more))]
 
     def _flat(self) -> Iterator[Any]:
-        each = [map(get, group) for get, group in self._of_one]
-        each += [chain.from_iterable(map(get, group)) for get, group in self._of_more]
-        return chain.from_iterable(each)
+        return chain.from_iterable([*self._rows(self._of_one), *map(chain.from_iterable, self._rows(self._of_more))])
 
     def are_equal(self) -> bool:
         """Raises KeyError where an entry is gone, and what a comparison raises."""

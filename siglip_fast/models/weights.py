@@ -15,9 +15,7 @@ from torch.utils._pytree import tree_leaves
 from ..backends.select import is_capturing
 from ..forward import HeadWeights, LayerWeights, Outputs, TowerWeights, forward, forward_in_autocast
 from ..ops import Linear, Norm, NormedLinear, Ops, PatchEmbedding, Pool
-from ..running import plans
 from ..running.graphs import Graphs
-from ..running.plans import Plans
 from ..running.uint8 import Normalization
 from ..tuning.cache import Selection
 from .anatomy import Anatomy, Unsupported
@@ -46,7 +44,7 @@ class Derived:
         self.weights: TowerWeights | None = None
         self.graphs: Graphs | None = None  # CUDA graphs that read them
         self._uint8: dict[Normalization, TowerWeights] = {}
-        self._plans: dict[tuple, Plans] = {}
+        self._plans: dict[tuple, Any] = {}  # `siglip_fast.running.plans.Plans`
         self._reason: str | None = None
         self.is_new = True  # no forward has run on them
         self.is_trusted = False  # the last call that looked found no reason against them
@@ -75,13 +73,16 @@ class Derived:
 
         With `normalization` pixel_values are uint8 images that it is to be applied to (`folds`).
         """
-        if collect is None and self.ops.backend == "triton" and plans.applies(pixel_values):
-            planned = self._plans.get((normalization, head))
-            if planned is None:
-                weights = self._weights(normalization, head)
-                planned = Plans(functools.partial(self.forward, self.ops, weights), weights)
-                self._plans[normalization, head] = planned
-            return planned(pixel_values, position)
+        if collect is None and self.ops.backend == "triton":
+            from ..running import plans  # it imports Triton, which not every machine has
+
+            if plans.applies(pixel_values):
+                planned = self._plans.get((normalization, head))
+                if planned is None:
+                    weights = self._weights(normalization, head)
+                    planned = plans.Plans(functools.partial(self.forward, self.ops, weights), weights)
+                    self._plans[normalization, head] = planned
+                return planned(pixel_values, position)
         return self.forward(self.ops, self._weights(normalization, head), pixel_values, position, collect)
 
     def _weights(self, normalization: Normalization | None, head: bool) -> TowerWeights:

@@ -24,8 +24,10 @@ class Graphs:
     leaves this class. All graphs share one memory pool.
     """
 
-    def __init__(self, forward: Forward, batch_sizes: Iterable[int], image: Tensor):
-        """`forward` maps images to outputs; `image [C, H, W]` has their shape, dtype and device."""
+    def __init__(self, forward: Forward, batch_sizes: Iterable[int], image: Tensor, is_interpolated: bool = False):
+        """`forward` maps images to outputs; `image [C, H, W]` has their shape, dtype and device; `is_interpolated` if their
+        size is not that of the model's positions."""
+        self.is_interpolated = is_interpolated
         self._image = image
         self._lock = threading.Lock()
         # Outputs that inference mode made could not be written to outside of it.

@@ -6,6 +6,7 @@ no memory is kept between forwards. The addresses of weights are part of a plan,
 derived weights that it was made on (`siglip_fast.models.weights.Derived`).
 """
 
+import logging
 import threading
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
@@ -23,6 +24,8 @@ from siglip_fast.kernels.launch import recording
 from ..backends.select import is_capturing, is_for_graph
 from ..forward import Outputs
 from .recorder import Call, Description, Launch, Recorder, View, arrange
+
+logger = logging.getLogger("siglip_fast")
 
 MOST = 64  # plans that are kept for a model
 
@@ -55,8 +58,8 @@ class Plans:
             recorder = Recorder([pixel_values, position], self._weights)
             with recording(recorder):
                 outputs = self._forward(pixel_values, position)
-            kept = self._plans if len(self._plans) < MOST else {}
-            self._plans = {**kept, key: plan_of(recorder, outputs)}
+            kept = [*self._plans.items()][1 - MOST :]  # the latest
+            self._plans = dict([*kept, (key, plan_of(recorder, outputs))])
             return outputs
         finally:
             self._lock.release()
@@ -87,7 +90,10 @@ def _is_profiled() -> bool:
 def plan_of(recorder: Recorder, outputs: Outputs) -> "Plan | None":
     """None where what was recorded cannot be repeated."""
     views = tuple(map(recorder.output, outputs))
-    return None if recorder.reason else Plan(recorder, views)
+    if recorder.reason:
+        logger.debug("no launch plan: %s", recorder.reason)
+        return None
+    return Plan(recorder, views)
 
 
 class Plan:
@@ -99,6 +105,8 @@ class Plan:
         returned = {buffer for step in recorder.steps if isinstance(step, Call) for buffer in step.results}
         self._written = {view.buffer: view for view in outputs if view and view.buffer not in returned}
         self._parts = [Part(call, launches, offsets) for call, launches in _parts(recorder.steps)]
+        for part, done in zip(self._parts, _done(recorder, returned - set(self._outputs)), strict=True):
+            part.done = done
         self.launches = sum(isinstance(step, Launch) for step in recorder.steps)
 
     def __call__(self, *inputs: Tensor) -> Outputs:
@@ -125,6 +133,7 @@ class Prepared:
         head = [*(*grid, 1, 1)[:3], 0, compiled.function, compiled.packed_metadata, None, None, None]
         placed = enumerate([*head, *arguments])
         views = [(i, a) for i, a in placed if isinstance(a, (View, Description))]
+        self._compiled = compiled  # which unloads its code when it goes
         self._run, self._arguments = compiled.run, [*head, *arguments]
         self._views = [(i, a.buffer, a.offset) for i, a in views if isinstance(a, View)]
         self._descriptions = [(i, a) for i, a in views if isinstance(a, Description)]
@@ -165,6 +174,7 @@ class Part:
 
     def __init__(self, call: Call | None, launches: list[Launch], offsets: dict[int, int]):
         self._call, self._offsets = call, offsets
+        self.done: list[int] = []  # what calls returned and no later part reads
         self._launches = [Prepared(launch) for launch in launches]
         self._given = sorted({buffer for launch in self._launches for buffer in launch.buffers} - set(offsets))
         # Users keep outputs, so their addresses change more often than that of the piece.
@@ -183,6 +193,8 @@ class Part:
             bound = self._bind(own, addresses, self._use_given, bound.launches.copy())
         for run, arguments in bound.launches:
             run(*arguments)
+        for buffer in self.done:
+            del given[buffer]
 
     def _bind(self, own: tuple[int, int], given: list[int], which: Iterable[int], launches: list) -> Bound:
         stream, piece = own
@@ -195,7 +207,8 @@ class Part:
 
     def _make(self, given: dict[int, Tensor], piece: Tensor) -> None:
         function, args, results = self._call
-        with torch.no_grad():
+        # As the operations run: `siglip_fast.forward` sees to it.
+        with torch.no_grad(), torch.autocast(piece.device.type, enabled=False):
             result = function(*(self._tensor(arg, given, piece) if isinstance(arg, View) else arg for arg in args))
         given.update(zip(results, (t for t in tree_leaves(result) if isinstance(t, Tensor)), strict=True))
 
@@ -204,6 +217,14 @@ class Part:
         base = given[view.buffer] if own is None else piece.view(view.dtype)
         offset = (view.offset + (own or 0)) // view.dtype.itemsize
         return base.as_strided(view.shape, view.stride, base.storage_offset() + offset)
+
+
+def _done(recorder: Recorder, returned: set[int]) -> list[list[int]]:
+    """For each part, those of the buffers that calls returned which are used in it for the last time."""
+    begins = [0, *(i for i, step in enumerate(recorder.steps) if isinstance(step, Call))]
+    ends = [*begins[1:], len(recorder.steps)]
+    last = {buffer: max(recorder.buffers[buffer].last, recorder.buffers[buffer].first) for buffer in returned}
+    return [[b for b, step in last.items() if begin <= step < end] for begin, end in zip(begins, ends, strict=True)]
 
 
 def _parts(steps: list[Launch | Call]) -> list[tuple[Call | None, list[Launch]]]:

@@ -139,9 +139,9 @@ def _are_own(model, given: list[Tensor]) -> bool:
     if derived is not None and derived.source.is_unchanged():
         own = derived.source.tensors  # a walk over the modules takes ten times as long as the check
     else:
+        own = []
+    if len(own) != len(given):  # or the model has more than its tower
         own = [*model.parameters(), *model.buffers()]
-    if len(own) != len(given):
-        return False
     return all(map(is_, own, given)) or all(map(_is_same_memory, own, given))
 
 

@@ -112,7 +112,8 @@ class Racing(Selection):
         except (OSError, UserError, NotImplementedError) as error:  # NotImplementedError: no locks on that file system
             _say(f"what races find is kept for this process only: {typed_line(error)}")
             in_force = raced
-        of_operation = {name: in_force[name] for name in raced}
+        # No other numbers of rows: kernels of choices that came from elsewhere are not loaded here.
+        of_operation = {name: {rows: in_force[name][rows] for rows in buckets} for name, buckets in raced.items()}
         _found[self._key] = cache.merged(_found.get(self._key, {}), of_operation, replace=True)
         self._adopt(of_operation)
 

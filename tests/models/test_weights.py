@@ -1,5 +1,7 @@
 """Derived weights are never served stale, and never show."""
 
+import copy
+
 import pytest
 import torch
 from models import TINY, drop_in, stock_model
@@ -83,6 +85,24 @@ def replace_module_of_the_tower(model):
     tower(model).post_layernorm = nn.LayerNorm(64)
 
 
+def replace_children(model):
+    mlp = layers(model)[0].mlp
+    torch.manual_seed(5)
+    mlp._modules = {**mlp._modules, "fc1": nn.Linear(64, 100)}
+
+
+def replace_parameters(model):
+    module = layers(model)[0].mlp.fc1
+    module._parameters = {name: nn.Parameter(2 * p) for name, p in module._parameters.items()}
+
+
+def set_state(model):
+    mlp = layers(model)[0].mlp
+    other = copy.deepcopy(mlp)
+    other.fc1.weight.mul_(3)
+    mlp.__setstate__(other.__dict__)
+
+
 def drop_layer(model):
     tower(model).encoder.layers = layers(model)[:1]
 
@@ -114,6 +134,9 @@ CHANGES = [
     replace_data_twice,
     replace_module,
     replace_module_of_the_tower,
+    replace_children,
+    replace_parameters,
+    set_state,
     drop_layer,
     change_eps,
     to_float16_and_back,

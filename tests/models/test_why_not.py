@@ -101,6 +101,24 @@ def sibling_forward(model):
     layer(model).forward = tower(model).encoder.layers[0].forward
 
 
+def exchanged_forward(model):
+    """As many attributes as before."""
+    module = layer(model).mlp.fc1
+    module.forward = lambda x: nn.Linear.forward(module, x) + 1
+    del module.in_features
+
+
+def hook_in_another_dictionary(model):
+    module = layer(model).mlp.fc1
+    module._forward_hooks = {0: lambda module, args, output: output + 1}
+
+
+def another_dictionary(model):
+    module = layer(model).mlp.fc1
+    module.__dict__ = dict(module.__dict__)
+    module.forward = lambda x: nn.Linear.forward(module, x) + 1
+
+
 def inner_forward(model):
     tower(model).embeddings.patch_embedding._conv_forward = lambda x, weight, bias: nn.functional.conv2d(
         x, 2 * weight, bias, stride=8
@@ -135,6 +153,9 @@ CHANGES = {
     hook_on_embeddings: "a SiglipVisionEmbeddings has forward hooks",
     replaced_forward: "the forward of a LayerNorm is replaced",
     sibling_forward: "the forward of a SiglipEncoderLayer is replaced",
+    exchanged_forward: "the forward of a Linear is replaced",
+    hook_in_another_dictionary: "a Linear has forward hooks",
+    another_dictionary: "the forward of a Linear is replaced",
     inner_forward: "patch_embedding._conv_forward is replaced",
     no_bias: "fc2.bias has shape None",
     other_activation: "activation_fn is a ReLU",
@@ -164,6 +185,18 @@ def test_changed_models_delegate(change, when, stock, pixels):
     change(ours)
     assert CHANGES[change] in ours.why_not(pixels)
     assert torch.equal(ours(pixels).last_hidden_state, stock(pixels).last_hidden_state)
+
+
+@torch.no_grad()
+def test_a_replaced_forward_of_the_inner_tower_delegates(stock, pixels):
+    """Until transformers 5.6 the tower is a module inside of the model."""
+    if tower(stock) is stock:
+        pytest.skip("this version's tower is the model itself")
+    ours = drop_in(stock)
+    ours(pixels)
+    inner = tower(ours)
+    inner.forward = lambda *args, **kwargs: type(inner).forward(inner, *args, **kwargs)
+    assert "is replaced" in ours.why_not(pixels)
 
 
 @pytest.mark.parametrize("when", ["before", "after"])

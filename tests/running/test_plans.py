@@ -203,6 +203,38 @@ def test_autocast_is_not_planned(model):
     assert not Compiled.launched
 
 
+def test_autocast_without_head_is_the_same(monkeypatch):
+    """A vendor's route is called with autocast off, in a plan as at first."""
+    monkeypatch.setattr("siglip_fast.models.weights._selection_on", lambda device: Selection("attention"))
+    model = make_model(vision_use_head=False)
+    with torch.autocast("cpu", torch.bfloat16):
+        check(model, images(2))
+
+
+def test_results_of_calls_go_when_they_were_read(monkeypatch):
+    """As where operations run one by one; else a deep model would keep those of all layers."""
+    monkeypatch.setattr("siglip_fast.models.weights._selection_on", lambda device: Selection("layernorm_linear"))
+    alive, counts = weakref.WeakSet(), []
+    run = triton_backend.RUN["layernorm_linear"]
+
+    def counted(*args):
+        result = run(*args)
+        alive.add(result)
+        counts.append(len(alive))
+        return result
+
+    monkeypatch.setitem(triton_backend.RUN, "layernorm_linear", counted)
+    model = make_model(num_hidden_layers=4, vision_use_head=False)
+    most = []
+    with torch.no_grad():
+        for _ in range(3):
+            counts.clear()
+            model(images(1))
+            assert len(counts) >= 8  # two a layer
+            most.append(max(counts))
+    assert most[1] == most[2] <= most[0] < 8
+
+
 def test_edits_are_seen(model):
     check(model, images(2))
     with torch.no_grad():

@@ -445,9 +445,7 @@ class TestTrouble:
         def run(backend):
             start.wait()
             call(backend, rows_of(9))
-            assert_vendor.append(
-                backend._selection(rows_of(1).device).choice("layernorm", (D,), torch.float32, 9).route
-            )
+            assert_vendor.append(backend.selection(rows_of(1).device).choice("layernorm", (D,), torch.float32, 9).route)
 
         assert_vendor: list[str] = []
         threads = [threading.Thread(target=run, args=(each,)) for each in (backend, backend, *others)]
