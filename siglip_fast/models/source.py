@@ -27,7 +27,7 @@ class Source:
         self.tower = tower
         self.tensors = [*tower.parameters(), *tower.buffers()]
         self._root = [(name, vars(tower).get(name)) for name in watched]
-        self._modules = modules = [tower, *(m for m in tower.modules() if m is not tower)]
+        self._modules = modules = [*tower.modules()]  # the tower first
         self._states = states = [vars(m) for m in modules]
         self._children = [dict(children) for children in map(_children, states)]
         # Of the modules below the tower: its own class and attributes change when it becomes stock's again.
@@ -35,12 +35,10 @@ class Source:
         self._classes = [type(m) for m in self._below]
         self._forwards = [(cls, cls.forward) for cls in set(self._classes)]
         self._sizes = [len(state) for state in self._states_below]
-        self._settings = _Entries(
-            (state, settings(m)) for m, state in zip(self._below, self._states_below, strict=True)
-        )
-        self._parameters = _Entries(((state, state["_parameters"]) for state in states), "_parameters")
-        self._buffers = _Entries(((state, state["_buffers"]) for state in states), "_buffers")
-        values = [*self._parameters.values, *self._buffers.values]
+        self._settings = _Entries([(vars(m), settings(m)) for m in self._below])
+        self._parameters = _Entries([(state, state["_parameters"]) for state in states], "_parameters")
+        self._buffers = _Entries([(state, state["_buffers"]) for state in states], "_buffers")
+        values = self._parameters.values + self._buffers.values
         self._traced = traced = [t for t in values if _is_traced(t, parameters)]
         # They keep the memory alive, so that a tensor moved elsewhere has another address.
         self._aliases = [t.detach() for t in traced]
