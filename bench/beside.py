@@ -42,7 +42,7 @@ def load(path: Path) -> dict | None:
 
 def section(results: list[dict], predictions: dict | None, kernels: str) -> list[str]:
     """Nothing without predictions or a GPU; `kernels` is the hash of the kernel sources of this checkout."""
-    on_gpu = [r for r in results if r["about"]["gpu_measured"]]
+    on_gpu = [r for r in results if r["about"]["gpu_measured"] or r["about"]["imitated"]]
     if predictions is None or not on_gpu:
         return []
     routes = {(p["model"], p["batch_size"]): p["routes"] for p in predictions["predictions"]}

@@ -1,10 +1,29 @@
-"""What every benchmark gets: a clean end, and results that say where they were measured."""
+"""What every benchmark gets: `--rows FILE`, where its result goes at once, and a clean end."""
 
+import json
 import sys
+from pathlib import Path
 
 import environment
 import pytest
 import rounds
+
+
+def pytest_addoption(parser):
+    parser.addoption("--rows", type=Path, required=True, metavar="FILE", help="results are appended, one a line (JSON)")
+
+
+@pytest.fixture
+def row(request):
+    """Appends a result, with where it was measured. It is in the file when this returns, whatever becomes of the session."""
+    path = request.config.getoption("--rows")
+
+    def append(result: dict) -> None:
+        line = json.dumps(result | {"about": environment.about()}) + "\n"
+        with open(path, "ab", buffering=0) as file:  # one write: a line is there whole or not at all
+            file.write(line.encode())
+
+    return append
 
 
 @pytest.fixture(autouse=True)
@@ -13,8 +32,3 @@ def clean_end():
     if "torch._dynamo" in sys.modules:
         sys.modules["torch._dynamo"].reset()  # or the next batch size would be compiled beside the last
     rounds.free_memory()
-
-
-def pytest_benchmark_update_machine_info(config, machine_info):
-    del machine_info["node"]  # results get published
-    machine_info["about"] = environment.about(machine_info["cpu"].get("brand_raw", "unknown"))

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from cases import Case
 from environment import DEVICE
-from peers import Missing, configurations, has_tuned
+from peers import NOT_TUNED, Missing, configurations, is_tuned, tuning_cases
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
@@ -34,9 +34,7 @@ class Call(NamedTuple):
 
 
 def tuning_case(case: Case, operation: str) -> tuning.Case:
-    config = config_for(case.variant)
-    tokens = (config.image_size // config.patch_size) ** 2
-    found = tuning.cases(config, tokens, getattr(torch, case.dtype), [case.batch_size])
+    found = tuning_cases(config_for(case.variant), getattr(torch, case.dtype), case.batch_size)
     return found[OPERATIONS.index(operation)]
 
 
@@ -47,8 +45,8 @@ def candidates(case: Case, operation: str) -> dict[str, Callable[[], Call]]:
     name = wanted.operation.name
 
     def ours(tuned: bool) -> Call:
-        if tuned and not has_tuned(torch.device(DEVICE)):
-            raise Missing("nothing is tuned for this device (siglip-fast tune)")
+        if tuned and not is_tuned([wanted], torch.device(DEVICE)):
+            raise Missing(NOT_TUNED)
         backend = select.load(BACKEND, Selection.load)
         call = Call(getattr(backend, name), packed(arguments, backend, tokens=wanted.rows // case.batch_size))
         with configurations(tuned):  # settled at the first call

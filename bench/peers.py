@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from siglip_fast import SiglipVisionModel
 from siglip_fast.tuning import cache
+from siglip_fast.tuning.cases import Case, cases
 
 Forward = Callable[[], Tensor]
 
@@ -170,8 +171,8 @@ def timm_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def siglip_fast(config, dtype, pixels, tuned=False, graph=False):
     """Ours. Which configurations it runs is settled when it derives its weights, at the first forward or capture."""
-    if tuned and not has_tuned(pixels.device):
-        raise Missing("nothing is tuned for this device (siglip-fast tune)")
+    if tuned and not is_tuned(tuning_cases(config, dtype, len(pixels)), pixels.device):
+        raise Missing(NOT_TUNED)
     with pixels.device:
         model = SiglipVisionModel(copy.deepcopy(config), strict=True)
     model.load_state_dict(stock(config, "sdpa", torch.float32, pixels.device).state_dict())
@@ -202,8 +203,21 @@ def configurations(tuned: bool) -> Iterator[None]:
         yield
 
 
-def has_tuned(device: torch.device) -> bool:
-    return device.type == "cuda" and bool(cache.read(cache.Key.of(device)))
+NOT_TUNED = "not tuned for this batch size on this device (siglip-fast tune)"
+
+
+def tuning_cases(config, dtype: torch.dtype, batch_size: int) -> list[Case]:
+    """The operations of a model's forward, as tuning measures them."""
+    return cases(config, (config.image_size // config.patch_size) ** 2, dtype, [batch_size])
+
+
+def is_tuned(wanted: list[Case], device: torch.device) -> bool:
+    """Whether each was measured on this device, for this number of rows."""
+    if device.type != "cuda":
+        return False
+    entries = cache.read(cache.Key.of(device))
+    found = (entries.get(str(case.operation), {}).get(str(cache.bucket(case.rows))) for case in wanted)
+    return all(map(cache.is_measured, found))
 
 
 _STOCK = {

@@ -27,6 +27,8 @@ def draw(results: list[dict], folder: Path) -> list[str]:
     ]:
         if chosen:
             figure = make(chosen)
+            if chosen[0]["about"]["imitated"]:
+                figure.suptitle("REHEARSAL: no GPU, nothing measured", color="red", size="x-large")
             figure.savefig(folder / name, dpi=110)
             plt.close(figure)
             drawn.append(name)

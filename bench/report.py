@@ -1,19 +1,18 @@
-"""Markdown, JSON, CSV and plots of benchmark results: `python bench/report.py RESULTS.json… --out FOLDER`.
+"""Markdown, CSV and plots of benchmark results: `python bench/report.py ROWS.jsonl… --out FOLDER`.
 
-RESULTS.json are what `pytest bench/test_model.py --benchmark-json RESULTS.json` and the same of bench/test_kernels.py
-wrote. A file that is not there, or holds nothing, is named; what the others hold is reported. What was measured on an
-H200 is set beside docs/predictions.json.
+ROWS.jsonl are what `pytest bench/test_model.py --rows ROWS.jsonl` and the same of bench/test_kernels.py wrote, whole or
+cut short. A file that is not there, or holds nothing, is named; what the others hold is reported. What was measured on
+an H200 is set beside docs/predictions.json. Without matplotlib there are no plots.
 """
 
 import argparse
 import csv
+import importlib.util
 import io
-import json
 import sys
 from pathlib import Path
 
 import beside
-import plots
 import results
 import tables
 
@@ -39,14 +38,21 @@ def main() -> int:
         return 1
     arguments.out.mkdir(parents=True, exist_ok=True)
     flat = results.rows(measured)
-    write(arguments.out / "results.json", json.dumps(flat, indent=1) + "\n")
     sheet = io.StringIO()
     table = csv.DictWriter(sheet, results.union(flat), lineterminator="\n")
     table.writeheader()
     table.writerows(flat)
     write(arguments.out / "results.csv", sheet.getvalue())
     predicted = beside.section(measured, beside.load(PREDICTIONS), source_hash())
-    text = tables.markdown(measured, wrong, predicted, plots.draw(measured, arguments.out))
+    write(arguments.out / "README.md", tables.markdown(measured, wrong, predicted, []))  # should a plot fail
+    if importlib.util.find_spec("matplotlib"):
+        import plots
+
+        pictures = plots.draw(measured, arguments.out)
+        missing = []
+    else:
+        pictures, missing = [], ["no plots: matplotlib is not installed"]
+    text = tables.markdown(measured, wrong + missing, predicted, pictures)
     write(arguments.out / "README.md", text)
     print(text)
     return 1 if wrong else 0

@@ -5,20 +5,21 @@ from pathlib import Path
 
 
 def load(paths: list[Path]) -> tuple[list[dict], list[str]]:
-    """The results, each with the session that it was measured in, and what is wrong with the files."""
-    results, wrong = [], []
+    """The results in files of one a line, of those of one case the last; and what is wrong with the files."""
+    results, wrong = {}, []
     for path in paths:
-        try:
-            file = json.loads(path.read_text())
-        except (OSError, ValueError):  # pytest leaves an empty file where nothing was measured
+        lines = path.read_text(errors="replace").splitlines() if path.exists() else []
+        if not lines:
             wrong.append(f"{path.name}: no results")
-            continue
-        about = file["machine_info"]["about"]
-        found = [b["extra_info"] for b in file["benchmarks"] if b["extra_info"].get("candidates")]
-        results += [result | {"about": about} for result in found]
-        if not found:
-            wrong.append(f"{path.name}: no results")
-    return results, wrong
+        for number, line in enumerate(lines, start=1):
+            try:
+                result = json.loads(line)
+                results[tuple(result.get(key) for key in ("kind", "operation", "model", "batch_size", "dtype"))] = (
+                    result
+                )
+            except ValueError:  # a copy that was cut off
+                wrong.append(f"{path.name}: line {number} is not whole")
+    return list(results.values()), wrong
 
 
 def fastest_of_ours(result: dict) -> str:

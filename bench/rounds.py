@@ -20,7 +20,7 @@ from torch import Tensor
 
 from siglip_fast.errors import without_folders
 
-OURS = "siglip_fast"  # the candidate that pytest-benchmark times, and whose names begin so
+OURS = "siglip_fast"  # whose names begin so
 LEAST_SECONDS = 0.05  # of a turn: several forwards where one is short
 Turn = Callable[[], float]  # runs, and returns seconds a call
 
@@ -109,73 +109,85 @@ def rest() -> None:
         time.sleep(0.1)
 
 
-def race(benchmark, entrants: Field, make_turn: Callable[[Callable], Turn], rounds: int) -> dict[str, float]:
-    """Median seconds a call. pytest-benchmark's own figure is that of our turns, of maybe several calls."""
+def latency_turn(run: Callable[[], Tensor]) -> Turn:
+    """One call that is waited for, on a device that has nothing else to do: what a single request takes."""
+
+    def seconds() -> float:
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        run()
+        torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    return seconds
+
+
+def race(entrants: Field, make_turn: Callable[[Callable], Turn], rounds: int) -> dict[str, float]:
+    """Median seconds a call of those who got through all rounds."""
     turns: dict[str, Turn] = {}
     for name, run in list(entrants.runs.items()):
         with Dropping(entrants, name):  # there may be no memory beside the others
             turns[name] = make_turn(run)
     seconds: dict[str, list[float]] = {name: [] for name in turns}
-
-    def time_one(name: str) -> None:
-        seconds[name].append(turns[name]())
-
-    def time_the_others() -> None:
-        for name in turns:
-            if name != OURS:
-                rest()
-                time_one(name)
-        rest()
-
-    if OURS not in turns:
-        return {}
-    benchmark.pedantic(time_one, args=(OURS,), setup=time_the_others, rounds=rounds)
+    for _ in range(rounds):
+        for name in list(turns):
+            rest()
+            with Dropping(entrants, name):
+                seconds[name].append(turns[name]())
+            if name not in entrants.runs:
+                del turns[name], seconds[name]
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
 def compare(
-    benchmark,
+    row: Callable[[dict], None],
     case: Case,
     makers: dict[str, Callable],
     error: Callable[[Tensor], float],
     tolerance: float,
-    make_turn: Callable[[Callable], Turn],
+    turns: dict[str, Callable[[Callable], Turn]],
     flops: int,
     **more,
 ) -> None:
-    """The whole of a benchmark test: candidates are built, checked and timed, and extra_info says what came out."""
-    dtype = getattr(torch, case.dtype)
+    """The whole of a benchmark: candidates are built, checked and timed, and `row` gets what came out.
+
+    `turns` has what makes a turn by the name under which its milliseconds are kept; "milliseconds" is one of them, of
+    which rates are made.
+    """
     entrants = build(makers, error, tolerance)
     before = environment.clocks()
-    seconds = race(benchmark, entrants, make_turn, case.rounds)
+    seconds = {name: race(entrants, make_turn, case.rounds) for name, make_turn in turns.items()}
     after = environment.clocks()
-    if not seconds and not entrants.broken:
-        pytest.skip(f"{OURS}: {entrants.missing[OURS]}")
     entrants.runs.clear()
     free_memory()  # the matmul needs some
-    peak = matmul_peak(dtype, environment.DEVICE) / 1e3
+    peak = matmul_peak(getattr(torch, case.dtype), environment.DEVICE) / 1e3
     measured = {}
-    for name, value in seconds.items():
+    for name, value in seconds["milliseconds"].items():
         tflops = flops / value / 1e12
-        measured[name] = {
-            "milliseconds": significant(1e3 * value),
+        measured[name] = {kind: significant(1e3 * of[name]) for kind, of in seconds.items() if name in of} | {
             "images_per_second": significant(case.batch_size / value),
             "tflops": significant(tflops),
             "percent_of_peak": significant(100 * tflops / peak),
             "relative_error": significant(entrants.errors[name], 2),
         }
-    benchmark.extra_info |= more | {
-        "model": case.variant,
-        "batch_size": case.batch_size,
-        "dtype": case.dtype,
-        "tflop": significant(flops / 1e12),
-        "matmul_peak_tflops": significant(peak),
-        "clocks": {"before": before, "after": after},
-        "entered": list(makers),
-        "candidates": measured,
-        "missing": entrants.missing,
-    }
+    if OURS in measured:
+        row(
+            more
+            | {
+                "model": case.variant,
+                "batch_size": case.batch_size,
+                "dtype": case.dtype,
+                "tflop": significant(flops / 1e12),
+                "matmul_peak_tflops": significant(peak),
+                "clocks": {"before": before, "after": after},
+                "entered": list(makers),
+                "candidates": measured,
+                "missing": entrants.missing,
+            }
+        )
     assert not entrants.broken
+    if OURS not in measured:
+        pytest.skip(f"{OURS}: {entrants.missing[OURS]}")
 
 
 def significant(value: float, digits: int = 4) -> float:

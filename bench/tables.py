@@ -2,7 +2,7 @@
 
 from results import entered, fastest_of_ours, grouped, ratio
 
-# Ratios to reach on an H100 in bf16 with the fastest of ours, by model and batch: against sdpa, against max-autotune.
+# Ratios to reach on a Hopper GPU (set for an H100) in bf16 with the fastest of ours, by model and batch: against sdpa, against max-autotune.
 TARGETS = {
     ("base-patch16-224", 1): (10, 1.3),
     ("base-patch16-224", 8): (4, 1.15),
@@ -20,11 +20,14 @@ def markdown(results: list[dict], wrong: list[str], predicted: list[str], pictur
     """`predicted` is the section about the predictions, of bench/beside.py."""
     models = [r for r in results if r["kind"] == "model"]
     kernels = [r for r in results if r["kind"] == "kernel"]
-    lines = ["# Benchmark", "", "Written by `python bench/report.py`, which bench/run_gpu.sh runs.", ""]
-    lines += where_measured(results[0]["about"])
+    lines = [_IMITATED] if results[0]["about"]["imitated"] else ["# Benchmark"]
+    lines += ["", "Written by `python bench/report.py`, which bench/run_gpu.sh runs.", ""]
+    for about in {r["about"]["measured"]: r["about"] for r in results}.values():  # of each session
+        lines += [*where_measured(about), ""]
     lines += [f"\n**{problem}**" for problem in wrong]
     if models:
-        lines += ["", "## The whole model", "", _MODELS, *model_tables(models), *target_table(models)]
+        lines += ["", "## The whole model", "", _MODELS, *model_tables(models), *latency_tables(models)]
+        lines += target_table(models)
         lines += ["", "## Agreement", "", _AGREEMENT, "", *errors(models)]
     if kernels:
         lines += ["", "## The operations", "", _KERNELS, *kernel_tables(kernels)]
@@ -33,13 +36,22 @@ def markdown(results: list[dict], wrong: list[str], predicted: list[str], pictur
         lines += ["", f"![{picture.removesuffix('.png').replace('_', ' ')}]({picture})"]
     if lacking := missing(models) + missing(kernels):
         lines += ["", "## Not there", "", *lacking]
+    if results[0]["about"]["imitated"]:
+        lines = [f"{text}, NONSENSE" if text.startswith("##") else text for text in lines]
     return "\n".join([*lines, ""])
 
 
+_IMITATED = """\
+# Rehearsal: no GPU, nothing measured
+
+**Every time and every rate below is nonsense, and nothing was computed**: bench/imitated_gpu.py stood in for a GPU."""
 _MODELS = """\
 Images a second, from the median time of a forward, the host's part included; in parentheses how many times faster the
 fastest of ours is. Every round ran each candidate once, in turns. The matmul peak is that of the vendor's best plain
-GEMM, measured after the case. All of it, with the clocks before and after, is in results.csv and results.json."""
+GEMM, measured after the case. All of it, with the clocks before and after, is in results.csv and rows.jsonl."""
+_LATENCY = """\
+Median milliseconds of a forward that is waited for before the next one begins, as a single request is, in the same
+cases."""
 _AGREEMENT = """\
 Relative error of pooler_output against stock eager in float32, of up to eight images of the batch, checked before the
 timing in the same run."""
@@ -56,7 +68,9 @@ def where_measured(about: dict) -> list[str]:
         f"{about['device']}, {where}, {versions}. Revision {about['revision']}, measured {about['measured']}.",
         f"Tuned configurations: {', '.join(about['tuned']) or 'none'}.",
     ]
-    if not about["gpu_measured"]:
+    if about["imitated"]:
+        lines = ["**IMITATED GPU: not measured.**", "", *lines]
+    elif not about["gpu_measured"]:
         lines = ["**GPU: not measured.** These are a CPU's figures, of the cpu backend.", "", *lines]
     return lines
 
@@ -77,9 +91,23 @@ def model_tables(results: list[dict]) -> list[str]:
     return lines
 
 
+def latency_tables(results: list[dict]) -> list[str]:
+    """One a model and dtype for which latency was measured."""
+    lines = []
+    for (model, dtype), group in grouped(results, "model", "dtype").items():
+        columns = [{name: f.get("latency_milliseconds") for name, f in r["candidates"].items()} for r in group]
+        if not any(value for column in columns for value in column.values()):
+            continue
+        lines += ["", f"### Latency of {model}, {dtype}", "", _LATENCY, ""]
+        lines.append(header("ms", [f"B = {r['batch_size']}" for r in group]))
+        for name in entered(group):
+            lines.append(line(name, [number(column[name]) if column.get(name) else "–" for column in columns]))
+    return lines
+
+
 def target_table(results: list[dict]) -> list[str]:
-    """Only of an H100, for which the targets were set."""
-    wanted = [r for r in results if "H100" in r["about"]["device"] and r["dtype"] == "bfloat16"]
+    """Only of GPUs of an H100's architecture, for which the targets were set."""
+    wanted = [r for r in results if r["about"]["capability"] == "9.0" and r["dtype"] == "bfloat16"]
     wanted = [r for r in wanted if (r["model"], r["batch_size"]) in TARGETS]
     if not wanted:
         return []
@@ -95,6 +123,8 @@ def target_table(results: list[dict]) -> list[str]:
 def verdict(result: dict, peer: str, target: float) -> str:
     if peer not in result["candidates"]:
         return "not measured"
+    if result["about"]["imitated"]:
+        return "nonsense"
     reached = ratio(result, peer)
     return f"{reached:.2f}, {'met' if reached >= target else '**missed**'}"
 

@@ -1,4 +1,4 @@
-"""Each operation against torch's own route for the same contract: `pytest bench/test_kernels.py --benchmark-json OUT.json`.
+"""Each operation against torch's own route for the same contract: `pytest bench/test_kernels.py --rows OUT.jsonl`.
 
 On a GPU the Triton kernels, in their default configurations and as tuned, and the vendor's routes: a CUDA graph of many calls, timed by events, so that the
 host's time does not count; each call has its own copy of inputs and weights, together larger than L2, as in a forward
@@ -23,8 +23,6 @@ from siglip_fast.backends.select import for_graph
 
 LEAST_SECONDS = 0.005  # of a CUDA graph
 CASES = cases.CASES[environment.DEVICE, cases.extent()]
-if cases.extent() == "quick":
-    CASES = [case for case in CASES if case.batch_size != 8]
 
 
 def size(tree) -> int:
@@ -68,7 +66,7 @@ def _graph_turn(call: operations.Call, seconds: Callable) -> rounds.Turn:
 @pytest.mark.parametrize("operation", operations.OPERATIONS)
 @pytest.mark.parametrize("case", CASES, ids=str)
 @torch.no_grad()
-def test_kernel(benchmark, case, operation):
+def test_kernel(row, case, operation):
     expected = operations.expected(case, operation)
     makers = operations.candidates(case, operation)
 
@@ -78,12 +76,12 @@ def test_kernel(benchmark, case, operation):
     call = makers["torch"]()
     out = call()
     rounds.compare(
-        benchmark,
+        row,
         case,
         makers,
         error=error,
         tolerance=2 * error(out) + 1e-6,
-        make_turn=cuda_turn if environment.DEVICE == "cuda" else rounds.wall_turn,
+        turns={"milliseconds": cuda_turn if environment.DEVICE == "cuda" else rounds.wall_turn},
         flops=operations.flops(case, operation),
         kind="kernel",
         operation=operation,

@@ -10,6 +10,8 @@ import contextlib
 import functools
 import importlib
 import importlib.util
+import os
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -73,9 +75,25 @@ def _triton_unavailable(device: torch.device) -> str | None:
     if device.type == "cuda":
         if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
             return "the device's compute capability is below 8.0"
-        return None
+        return _no_c_compiler()
     import triton
 
     if device.type == "cpu" and triton.knobs.runtime.interpret:
         return None
     return f"Triton has no {device.type} target (on CPU tensors it runs only with TRITON_INTERPRET=1)"
+
+
+def _no_c_compiler() -> str | None:
+    """The reason if Triton, which compiles what launches its kernels with a C compiler, would find none."""
+    import triton
+
+    # The places in which Triton looks (triton.runtime.build); on Windows its port brings a compiler of its own.
+    if (
+        os.name != "posix"
+        or triton.knobs.build.impl
+        or "CC" in os.environ
+        or shutil.which("gcc")
+        or shutil.which("clang")
+    ):
+        return None
+    return "Triton needs a C compiler, and neither gcc nor clang is on PATH (another one: set CC)"

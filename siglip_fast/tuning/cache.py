@@ -87,12 +87,11 @@ def mode() -> str:
 
 
 def cache_dir() -> Path:
-    """SIGLIP_FAST_CACHE_DIR, or the user's cache folder."""
+    """SIGLIP_FAST_CACHE_DIR, or siglip_fast in the user's cache folder (XDG_CACHE_HOME, or ~/.cache)."""
     if folder := os.environ.get("SIGLIP_FAST_CACHE_DIR"):
         return Path(folder)
-    import platformdirs
-
-    return Path(platformdirs.user_cache_dir("siglip_fast"))
+    # Not Path.home(), which raises where there is no home: such a user has no cache file, and can run a forward.
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "siglip_fast"
 
 
 def bucket(rows: int) -> int:

@@ -12,10 +12,13 @@ from siglip_fast.tuning.cache import source_hash
 MILLISECONDS = {"siglip_fast": 2.0, "siglip_fast, graph": 1.0, "stock sdpa": 12.0, "torch.compile, max-autotune": 1.2}
 
 
-def session(device: str, benchmarks: list[dict]) -> dict:
+def session(device: str, results: list[dict], capability: str = "9.0") -> str:
+    """A file of rows."""
     about = {
         "device": device,
-        "gpu_measured": "NVIDIA" in device,
+        "capability": capability if "NVIDIA" in device else None,
+        "gpu_measured": device.startswith("NVIDIA"),
+        "imitated": "IMITATED" in device,
         "threads": 2,
         "driver": "1.2" if "NVIDIA" in device else None,
         "versions": {"torch": "2.13.0"},
@@ -23,7 +26,7 @@ def session(device: str, benchmarks: list[dict]) -> dict:
         "measured": "2026-01-02T03:04:05+00:00",
         "tuned": [],
     }
-    return {"machine_info": {"about": about}, "benchmarks": [{"extra_info": b} for b in benchmarks]}
+    return "".join(json.dumps(result | {"about": about}) + "\n" for result in results)
 
 
 def result(milliseconds: dict[str, float], batch_size: int = 1, **more) -> dict:
@@ -71,7 +74,7 @@ def predictions(*routes: dict, kernels: str | None = None) -> dict:
 
 @pytest.fixture
 def run(tmp_path, monkeypatch, capsys):
-    """Runs report.py on these sessions (or texts) and predictions; returns its exit status, output and folder."""
+    """Runs report.py on these sessions and predictions; returns its exit status, output and folder."""
 
     def run(*sessions, predicted=None):
         monkeypatch.setattr(report, "PREDICTIONS", tmp_path / "predictions.json")
@@ -79,8 +82,8 @@ def run(tmp_path, monkeypatch, capsys):
             report.PREDICTIONS.write_text(json.dumps(predicted))
         paths = []
         for i, content in enumerate(sessions):
-            paths.append(tmp_path / f"{i}.json")
-            paths[-1].write_text(content if isinstance(content, str) else json.dumps(content))
+            paths.append(tmp_path / f"{i}.jsonl")
+            paths[-1].write_text(content)
         monkeypatch.setattr(sys, "argv", ["report.py", *map(str, paths), "--out", str(tmp_path / "out")])
         return report.main(), capsys.readouterr().out, tmp_path / "out"
 
@@ -109,19 +112,55 @@ def test_a_gpu(run):
 
 def test_every_row_says_where_it_was_measured(run):
     _, _, folder = run(session("NVIDIA L4", [result(MILLISECONDS)]))
-    rows = json.loads((folder / "results.json").read_text())
+    with open(folder / "results.csv") as file:
+        rows = list(csv.DictReader(file))
     assert [row["candidate"] for row in rows] == [*MILLISECONDS, "timm"]
-    assert rows[0]["ours_is_times_faster"] == 2.0 and rows[-1]["missing"] == "timm is not installed"
+    assert rows[0]["ours_is_times_faster"] == "2.0" and rows[-1]["missing"] == "timm is not installed"
     for row in rows:
         assert (row["device"], row["driver"], row["revision"]) == ("NVIDIA L4", "1.2", "abc")
-        assert (row["torch_version"], row["sm_mhz_after"]) == ("2.13.0", 1980.0)
+        assert (row["torch_version"], row["sm_mhz_after"]) == ("2.13.0", "1980.0")
+
+
+@pytest.mark.parametrize("device, capability, there", [("NVIDIA L4", "8.9", False), ("NVIDIA GH200", "9.0", True)])
+def test_targets_are_a_hopper_gpus(run, device, capability, there):
+    _, text, _ = run(session(device, [result(MILLISECONDS)], capability))
+    assert ("Targets" in text) == there
+
+
+def test_latency_beside_throughput(run):
+    measured = result(MILLISECONDS)
+    measured["candidates"]["siglip_fast, graph"]["latency_milliseconds"] = 1.25
+    _, text, _ = run(session("NVIDIA L4", [measured]))
+    table = text.partition("### Latency of base-patch16-224, bfloat16")[2].splitlines()
+    assert "| ms | B = 1 |" in table and "| siglip_fast, graph | 1.25 |" in table and "| siglip_fast | – |" in table
+
+
+def test_a_rehearsal_cannot_be_taken_for_a_measurement(run):
+    predicted = predictions({"siglip_fast": route(0.8)})
+    _, text, folder = run(session("IMITATED NVIDIA H200", [result(MILLISECONDS)]), predicted=predicted)
+    assert text.startswith("# Rehearsal: no GPU, nothing measured") and "**IMITATED GPU: not measured.**" in text
+    headings = [line for line in text.splitlines() if line.startswith("##")]
+    assert "## Beside the predictions, NONSENSE" in headings and all(line.endswith("NONSENSE") for line in headings)
+    assert "met" not in text.split() and "| ≥ 10 | nonsense |" in text
     with open(folder / "results.csv") as file:
-        assert [row["candidate"] for row in csv.DictReader(file)] == [row["candidate"] for row in rows]
+        assert {row["device"] for row in csv.DictReader(file)} == {"IMITATED NVIDIA H200"}
 
 
-def test_targets_are_an_h100s(run):
-    _, text, _ = run(session("NVIDIA L4", [result(MILLISECONDS)]))
-    assert "Targets" not in text
+def test_what_was_cut_short_is_reported_and_named(run):
+    whole = session("A CPU", [result(MILLISECONDS), result(MILLISECONDS, 8)])
+    status, text, _ = run(whole[:-30])
+    assert status == 1 and "**0.jsonl: line 2 is not whole**" in text and "| images/s | B = 1 |" in text
+
+
+def test_of_a_case_that_was_measured_again_the_last_counts(run):
+    _, text, _ = run(session("A CPU", [result({"siglip_fast": 8.0}), result({"siglip_fast": 4.0})]))
+    assert "| siglip_fast | 250 |" in text and "125" not in text
+
+
+def test_without_matplotlib_there_are_no_plots(run, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    status, text, folder = run(session("A CPU", [result(MILLISECONDS)]))
+    assert status == 0 and "**no plots: matplotlib is not installed**" in text and not list(folder.glob("*.png"))
 
 
 def test_a_cpu_is_no_gpu(run):
@@ -136,12 +175,11 @@ def test_pictures(run):
         assert (folder / name).read_bytes().startswith(b"\x89PNG") and name in text
 
 
-@pytest.mark.parametrize("content", ["", json.dumps(session("A CPU", []))], ids=["empty", "no-benchmark"])
-def test_a_file_without_results_is_named(run, content):
-    status, text, _ = run(content)
-    assert status == 1 and "nothing to report: 0.json: no results" in text
-    status, text, _ = run(session("A CPU", [result(MILLISECONDS)]), content)
-    assert status == 1 and "**1.json: no results**" in text and "siglip_fast, graph" in text
+def test_a_file_without_results_is_named(run):
+    status, text, _ = run("")
+    assert status == 1 and "nothing to report: 0.jsonl: no results" in text
+    status, text, _ = run(session("A CPU", [result(MILLISECONDS)]), "")
+    assert status == 1 and "**1.jsonl: no results**" in text and "siglip_fast, graph" in text
 
 
 def beside(text: str) -> list[str]:
