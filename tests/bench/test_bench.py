@@ -1,10 +1,9 @@
-"""bench/: which cases and peers there are, what becomes of a candidate that fails, and bench/run_gpu.sh's stages."""
+"""bench/: which cases and peers there are, what becomes of a candidate that fails, and what a row says."""
 
+import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,8 +18,8 @@ from models import TINY
 from transformers import SiglipVisionConfig
 
 from siglip_fast import SiglipVisionModel
-
-REPO = Path(__file__).parents[2]
+from siglip_fast.tuning import cache
+from siglip_fast.tuning.select import unmeasured
 
 
 @pytest.mark.parametrize("operation", operations.OPERATIONS)
@@ -36,24 +35,32 @@ class TestCases:
         full = cases.CASES["cuda", "full"]
         assert len({(c.variant, c.batch_size, c.dtype) for c in full}) == len(full) == 6 * 4 * 2
 
-    def test_quick_is_part_of_full(self):
+    def test_short_runs_are_part_of_full(self):
         for device in ("cuda", "cpu"):
             full = {case[:3] for case in cases.CASES[device, "full"]}
-            assert {case[:3] for case in cases.CASES[device, "quick"]} < full
+            assert {case[:3] for extent in ("quick", "second") for case in cases.CASES[device, extent]} < full
 
-    def test_compiled_peers_of_a_quick_run(self, monkeypatch):
-        monkeypatch.delenv("SIGLIP_FAST_BENCH", raising=False)
-        case, peer = cases.Case("base-patch16-224", 8, "bfloat16"), "torch.compile, max-autotune"
-        assert cases.left_out(case, "cuda", peer, 0) is None
-        assert "used up" in cases.left_out(case, "cuda", peer, 1e3)
-        assert "leaves it out" in cases.left_out(case._replace(batch_size=1), "cuda", peer, 0)
-        assert cases.left_out(case._replace(batch_size=1), "cuda", "timm", 1e3) is None
-        monkeypatch.setenv("SIGLIP_FAST_BENCH", "full")
-        assert cases.left_out(case, "cuda", peer, 1e3) is None
+    @pytest.mark.parametrize(
+        "extent, model, modes",
+        [
+            ("quick", "base-patch16-224", {"default"}),
+            ("second", "base-patch16-224", {"max-autotune"}),
+            ("second", "so400m-patch14-384", set()),
+            ("full", "so400m-patch14-384", {"default", "reduce-overhead", "max-autotune"}),
+        ],
+    )
+    def test_compiled_peers(self, extent, model, modes, monkeypatch):
+        monkeypatch.setenv("SIGLIP_FAST_BENCH", extent)
+        case, compiled = cases.Case(model, 64, "bfloat16"), [p for p in peers.PEERS["cuda"] if "compile" in p]
+        assert {p.partition(", ")[2] for p in compiled if not cases.left_out(case, "cuda", p, 0)} == modes
+        assert all(
+            "used up" in cases.left_out(case, "cuda", f"torch.compile, {m}", 1e3) for m in modes if extent != "full"
+        )
+        assert not cases.left_out(case, "cuda", "timm", 1e3)
 
     def test_an_unknown_extent(self, monkeypatch):
         monkeypatch.setenv("SIGLIP_FAST_BENCH", "all")
-        with pytest.raises(ValueError, match="expected quick or full"):
+        with pytest.raises(ValueError, match="expected quick, second or full"):
             cases.extent()
 
 
@@ -94,15 +101,33 @@ class TestPeers:
             return forward(self, *args, **kwargs)
 
         monkeypatch.setattr(SiglipVisionModel, "forward", spy)
-        monkeypatch.setattr(peers, "has_tuned", lambda device: True)
+        monkeypatch.setattr(peers, "is_tuned", lambda cases, device: True)
         monkeypatch.setenv("SIGLIP_FAST_TUNE", "the user's")
         with torch.no_grad():
             peers.siglip_fast(SiglipVisionConfig(**TINY), torch.float32, torch.zeros(1, 3, 24, 24), tuned)()
         assert seen == [expected, "the user's"]
 
     def test_tuned_needs_a_gpu(self):
-        with pytest.raises(peers.Missing, match="nothing is tuned"):
-            peers.siglip_fast(None, torch.float32, torch.zeros(1), tuned=True)
+        with pytest.raises(peers.Missing, match="not tuned"):
+            peers.siglip_fast(SiglipVisionConfig(**TINY), torch.float32, torch.zeros(1), tuned=True)
+
+    def test_tuned_is_a_model_whose_own_operations_are(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("SIGLIP_FAST_CACHE_DIR", str(tmp_path))
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A GPU")
+        gpu, config = torch.device("cuda"), SiglipVisionConfig(**TINY)
+        small, large = (peers.tuning_cases(config, torch.bfloat16, size) for size in (1, 64))
+        found = {"route": "vendor", "config": None, "microseconds": {"vendor": 1.0}}
+        entries = {}
+        for case in small:
+            entry = {"eager": found, "graph": found, "dropped": {}}
+            entries.setdefault(str(case.operation), {})[str(cache.bucket(case.rows))] = entry
+        cache.write(cache.Key.of(gpu), entries)
+        assert peers.is_tuned(small, gpu) and not peers.is_tuned(large, gpu)
+        assert not peers.is_tuned(peers.tuning_cases(config, torch.float16, 1), gpu)
+        assert not peers.is_tuned(small, torch.device("cpu"))
+        entries[str(small[0].operation)] = {str(cache.bucket(small[0].rows)): unmeasured("nothing passed")}
+        cache.write(cache.Key.of(gpu), entries)
+        assert not peers.is_tuned(small, gpu)
 
 
 _TIMM_LAYER = ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
@@ -135,100 +160,122 @@ class TestField:
         assert field.missing["wrong"].endswith("wrong by 1.0e+00, allowed 5e-01")
         assert "wrong by nan" in field.missing["not a number"]
 
+    def test_who_fails_while_it_is_timed_is_dropped_and_the_others_go_on(self):
+        times = {"siglip_fast": iter([3.0, 1.0, 2.0]), "peer": iter([1.0])}
+        field = rounds.Field(runs=dict.fromkeys(times))
+        names = iter(times)
 
-class TestClocks:
-    @pytest.mark.parametrize(
-        "printed, expected",
-        [
-            ("1980, 2619, 345.67, 40", {"sm_mhz": 1980, "memory_mhz": 2619, "watts": 345.67, "celsius": 40}),
-            ("1980, 2619, [N/A], 40", None),
-            (None, None),
-        ],
-        ids=["all", "not-all", "no-nvidia-smi"],
-    )
-    def test_read(self, printed, expected, tmp_path, monkeypatch):
-        if printed:
-            program = tmp_path / "nvidia-smi"
-            program.write_text(f"#!/bin/sh\n[ $1 = -i ] && [ $2 = GPU-some-id ] && echo '{printed}'\n")
-            program.chmod(0o755)
-        monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin" if printed else str(tmp_path))
+        def make_turn(run):
+            own = times[next(names)]
+            return lambda: next(own)
+
+        assert rounds.race(field, make_turn, 3) == {"siglip_fast": 2.0}
+        assert "StopIteration" in field.missing["peer"] and not field.broken
+
+
+class Nvml:
+    """As nvidia-ml-py, for one GPU that is known by its UUID."""
+
+    NVML_CLOCK_SM, NVML_CLOCK_MEM, NVML_TEMPERATURE_GPU = 1, 2, 0
+
+    class NVMLError(Exception):
+        pass
+
+    def __init__(self, lacks: str = ""):
+        self.lacks, self.begun = lacks, 0
+
+    def nvmlInit(self):
+        self.begun += 1
+
+    def nvmlDeviceGetHandleByUUID(self, uuid):
+        if uuid != "GPU-some-id":
+            raise self.NVMLError
+        return "handle"
+
+    def nvmlSystemGetDriverVersion(self):
+        return "580.1"
+
+    def nvmlDeviceGetClockInfo(self, gpu, kind):
+        assert gpu == "handle"
+        return {1: 1980, 2: 3201}[kind]
+
+    def nvmlDeviceGetTemperature(self, gpu, kind):
+        return 40
+
+    def nvmlDeviceGetPowerUsage(self, gpu):
+        if self.lacks == "power":
+            raise self.NVMLError
+        return 345_670
+
+
+class TestEnvironment:
+    @pytest.fixture(autouse=True)
+    def gpu(self, monkeypatch):
         monkeypatch.setattr(environment, "DEVICE", "cuda")
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(uuid="some-id"))
-        assert environment.clocks() == expected
+        for function in (environment._nvml, environment.about):
+            function.cache_clear()
+        yield
+        for function in (environment._nvml, environment.about):
+            function.cache_clear()
+
+    @pytest.mark.parametrize("lacks, watts", [("", {"milliwatts": 345_670}), ("power", {})])
+    def test_clocks(self, lacks, watts, monkeypatch):
+        nvml = Nvml(lacks)
+        monkeypatch.setitem(sys.modules, "pynvml", nvml)
+        expected = {"sm_mhz": 1980, "memory_mhz": 3201, "celsius": 40} | watts
+        assert environment.clocks() == environment.clocks() == expected and nvml.begun == 1
+
+    def test_without_nvml_nothing_is_known(self, monkeypatch):
+        monkeypatch.setitem(sys.modules, "pynvml", None)
+        assert environment.clocks() is None
+
+    def test_another_gpus_clocks_are_not_told(self, monkeypatch):
+        monkeypatch.setitem(sys.modules, "pynvml", Nvml())
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(uuid="another"))
+        assert environment.clocks() is None
+
+    def test_about(self, tmp_path, monkeypatch):
+        monkeypatch.setitem(sys.modules, "pynvml", Nvml())
+        monkeypatch.setenv("SIGLIP_FAST_CACHE_DIR", str(tmp_path))
+        monkeypatch.setenv("SIGLIP_FAST_REVISION", "abc")
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "A GPU")
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+        about = environment.about()
+        assert (about["device"], about["capability"], about["driver"]) == ("A GPU", "9.0", "580.1")
+        assert about["revision"] == "abc" and about["gpu_measured"] and not about["imitated"] and about["tuned"] == []
+        json.dumps(about)
 
 
-class TestRunGpu:
-    """With a `python` that only notes what it is called for."""
+class TestRows:
+    """Benchmarks in a pytest of their own, that of bench/."""
+
+    TEST = """
+import os
+
+def test_one(row):
+    row({"milliseconds": 1})
+
+def test_two(row):
+    row({"milliseconds": 2})
+    os._exit(9)  # as if killed
+"""
+
+    def test_a_row_is_there_once_it_is_measured(self, pytester_of_bench):
+        status, rows = pytester_of_bench(self.TEST)
+        assert status == 9 and [row["milliseconds"] for row in rows] == [1, 2]
+        assert all({"device", "versions", "revision", "gpu_measured"} <= set(row["about"]) for row in rows)
 
     @pytest.fixture
-    def start(self, tmp_path):
-        fake, calls, self.out = tmp_path / "python", tmp_path / "calls", tmp_path / "out"
+    def pytester_of_bench(self, tmp_path):
+        def run(code: str):
+            bench = Path(environment.__file__).parent
+            (tmp_path / "test_rows.py").write_text(code)
+            (tmp_path / "conftest.py").write_text((bench / "conftest.py").read_text())
+            rows = tmp_path / "rows.jsonl"
+            path = os.pathsep.join(map(str, (bench, bench.parent / "tests/helpers")))
+            command = [sys.executable, "-m", "pytest", "-q", "--rootdir", tmp_path, tmp_path, "--rows", rows]
+            done = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, cwd=tmp_path, capture_output=True)
+            return done.returncode, [json.loads(line) for line in rows.read_text().splitlines()]
 
-        def start(*arguments, gpu="", behave=""):
-            fake.write_text(f"""#!/usr/bin/env bash
-echo "$PWD $*" >>{calls}
-case "$*" in *get_device_name*) echo "{gpu}" ;; {behave} esac
-""")
-            fake.chmod(0o755)
-            command = [REPO / "bench/run_gpu.sh", "--out", self.out, *arguments]
-            return subprocess.Popen(command, env=os.environ | {"PYTHON": str(fake)}, stdout=subprocess.PIPE, text=True)
-
-        self.calls = calls
-        return start
-
-    def finish(self, process) -> tuple[int, str]:
-        output, _ = process.communicate(timeout=60)
-        return process.returncode, output
-
-    def test_without_a_gpu(self, start):
-        status, output = self.finish(start())
-        assert status == 0
-        assert "NO GPU WAS MEASURED" in output and "| tune-base-patch16-224-bfloat16 | skipped: no GPU | 0 |" in output
-        for name in (
-            "info",
-            "tests-kernels",
-            "tests-model",
-            "tests-graphs-compile",
-            "bench-model",
-            "bench-kernels",
-            "report",
-        ):
-            assert f"| {name} | pass |" in output and (self.out / f"{name}.log").exists()
-        assert "| bench-kernels | pass |" in (self.out / "summary.md").read_text()
-
-    def test_a_failing_stage_stops_no_other(self, start):
-        status, output = self.finish(start(gpu="NVIDIA X", behave="*test_model.py*raw*) exit 3 ;;"))
-        assert status == 1
-        assert "| bench-model | FAIL: exit status 3 |" in output and "| report | pass |" in output
-        assert "NO GPU" not in output
-        calls = self.calls.read_text()
-        assert "tune --random-weights base-patch16-224 --batch-sizes 1 64 --dtype bfloat16 --budget" in calls
-        assert str(REPO) not in {line.split()[0] for line in calls.splitlines()[1:]}  # it runs beside the checkout
-
-    def test_ctrl_c_ends_the_stage_and_the_run(self, start):
-        process = start(behave="*tests/kernels/test_attention.py*) sleep 60 ;;")
-        while not (self.out / "tests-kernels.log").exists():
-            time.sleep(0.05)
-        process.send_signal(signal.SIGINT)
-        status, output = self.finish(process)
-        assert status == 130
-        assert "| tests-kernels | interrupted |" in output and "bench-model" not in output
-
-    def test_the_checkout_is_imported_without_being_installed(self, start):
-        """-S leaves out site-packages, and with them an installed siglip_fast."""
-        code = "import siglip_fast.errors, siglip_fast.kernels as k; print(k.__file__)"
-        status, _ = self.finish(start(behave=f"*report.py*) exec {sys.executable} -S -c '{code}' ;;"))
-        log = (self.out / "report.log").read_text()
-        assert status == 0 and Path(log.strip()).parts[-3:] == ("siglip_fast", "kernels", "__init__.py"), log
-
-    def test_a_tuning_that_ran_out_of_time_is_no_failure(self, start):
-        status, output = self.finish(start(gpu="NVIDIA X", behave="*tune*) exit 1 ;;"))
-        assert status == 0 and "| tune-base-patch16-224-bfloat16 | partial: see its log |" in output
-
-    def test_only_some_stages(self, start):
-        status, output = self.finish(start("--only", "info|tests-model"))
-        assert status == 0 and "| info |" in output and "| tests-model |" in output
-        assert "tests-kernels" not in output and "bench" not in output.split("Results")[0]
-
-    def test_usage(self, start):
-        assert self.finish(start("--fast"))[0] == 2
+        return run

@@ -155,3 +155,28 @@ def test_unknown_mode(monkeypatch):
 def test_the_source_hash_is_that_of_every_process():
     code = "from siglip_fast.tuning.cache import source_hash; print(source_hash())"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == cache.source_hash()
+
+
+@pytest.mark.parametrize(
+    "variables, expected",
+    [
+        ({"SIGLIP_FAST_CACHE_DIR": "/a", "XDG_CACHE_HOME": "/b", "HOME": "/c"}, "/a"),
+        ({"XDG_CACHE_HOME": "/b", "HOME": "/c"}, "/b/siglip_fast"),
+        ({"XDG_CACHE_HOME": "", "HOME": "/c"}, "/c/.cache/siglip_fast"),
+    ],
+    ids=["ours", "xdg", "home"],
+)
+def test_where_the_cache_is(variables, expected, monkeypatch):
+    for name in ("SIGLIP_FAST_CACHE_DIR", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert str(cache.cache_dir()) == expected
+
+
+def test_nobodys_home_is_an_empty_cache(monkeypatch):
+    """A user without an entry in the password file, as containers have them."""
+    for name in ("SIGLIP_FAST_CACHE_DIR", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)
+    assert cache.read(KEY) == {}
