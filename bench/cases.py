@@ -3,6 +3,10 @@
 import os
 from typing import NamedTuple
 
+from transformers import SiglipVisionConfig
+
+from siglip_fast.models.variants import config_for
+
 
 class Case(NamedTuple):
     variant: str
@@ -18,7 +22,10 @@ _VARIANTS = [
     "base-patch16-224", "base-patch16-384", "large-patch16-384",
     "so400m-patch14-224", "so400m-patch14-384", "so400m-patch14-896",
 ]  # fmt: skip
-_ROUNDS = 2 if os.environ.get("SIGLIP_FAST_IMITATED_GPU") else 7  # of a short run
+_IMITATED = bool(
+    os.environ.get("SIGLIP_FAST_IMITATED_GPU")
+)  # nothing is measured then: as little as shows that it runs
+_ROUNDS = 2 if _IMITATED else 7  # of a short run
 # The most telling first, should the time not do
 _QUICK = [("base-patch16-224", 64), ("base-patch16-224", 1), ("base-patch16-224", 8)]
 _SECOND = [("so400m-patch14-384", 64), ("base-patch16-224", 64), ("so400m-patch14-384", 1), ("base-patch16-224", 1)]
@@ -39,6 +46,13 @@ CASES = {
 # The torch.compile modes on a GPU, by extent and model; on a CPU only a full run has any.
 _MODES = {("quick", "base-patch16-224"): ("default",), ("second", "base-patch16-224"): ("max-autotune",)}
 COMPILE_SECONDS = {"quick": 45, "second": 90}  # altogether, after which no further compilation is started
+
+
+def config_of(case: Case) -> SiglipVisionConfig:
+    config = config_for(case.variant)
+    if _IMITATED:
+        config.num_hidden_layers = 2
+    return config
 
 
 def extent() -> str:

@@ -20,7 +20,6 @@ sys.path.insert(0, str(REPO))
 
 import plan  # noqa: E402
 
-from siglip_fast.errors import UserError  # noqa: E402
 from siglip_fast.files import atomic  # noqa: E402
 
 START = time.monotonic()
@@ -52,7 +51,7 @@ def main() -> int:
         gpu = gpu_name(settings)
         try:
             out = make_folder(arguments.out or default_folder(gpu, arguments.rehearse))
-        except (OSError, UserError) as error:
+        except OSError as error:
             print(f"--out: a folder that can be written to is needed: {error}", file=sys.stderr)
             return 2
         workers = min(os.cpu_count() or 1, 16)
@@ -127,7 +126,7 @@ def default_folder(gpu: str, imitated: bool) -> Path:
 
 def make_folder(folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    with atomic(folder / "summary.md"):  # whether it may be written to
+    with tempfile.TemporaryFile(dir=folder):  # whether it may be written to
         pass
     return folder.resolve()
 
@@ -147,6 +146,7 @@ class Run:
     def all(self) -> int:
         """Runs them and returns the exit status."""
         print(f"{self.about}\n", flush=True)
+        self.keep()
         interrupted = False
         try:
             for stage in self.stages:

@@ -15,8 +15,6 @@ import rounds
 import torch
 from matmul_limit import flops
 
-from siglip_fast.models.variants import config_for
-
 # Of the relative error against float32; what 16 bits cost stock too (its own error is in the row)
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.01}
 # Throughput, and on a GPU, where it differs, latency
@@ -55,7 +53,7 @@ def agreement(config, pixels):
 @pytest.mark.parametrize("case", cases.CASES[environment.DEVICE, cases.extent()], ids=str)
 @torch.no_grad()
 def test_model(row, case):
-    config, dtype = config_for(case.variant), getattr(torch, case.dtype)
+    config, dtype = cases.config_of(case), getattr(torch, case.dtype)
     torch.manual_seed(1)
     pixels = torch.randn(case.batch_size, 3, config.image_size, config.image_size, device=environment.DEVICE)
     rounds.compare(
