@@ -24,6 +24,7 @@ GATE = {
     "backends/test_invariant.py": r"test_rows\[.*sm_(80|100)|test_rows\[fp32.*(attention|pool)|autocast|machine_code\[(?!sm_90-ahead)",
     # other processes: compilers, torchrun, Ray, an interpreter for each recipe or command
     "bench/test_static.py": r"",
+    "bench/test_rehearsal.py": r"",
     "models/test_distributed.py": r"",
     "integrations/test_ray.py": r"",
     "integrations/test_sentence_transformers.py": r"",
