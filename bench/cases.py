@@ -3,6 +3,7 @@
 import os
 from typing import NamedTuple
 
+from environment import IMITATED
 from transformers import SiglipVisionConfig
 
 from siglip_fast.models.variants import config_for
@@ -50,7 +51,7 @@ COMPILE_SECONDS = {"quick": 45, "second": 90}  # altogether, after which no furt
 
 def config_of(case: Case) -> SiglipVisionConfig:
     config = config_for(case.variant)
-    if _IMITATED:
+    if IMITATED:
         config.num_hidden_layers = 2
     return config
 

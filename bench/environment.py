@@ -47,7 +47,7 @@ def clocks() -> dict[str, float] | None:
     said = {
         "sm_mhz": _ask("nvmlDeviceGetClockInfo", gpu, nvml.NVML_CLOCK_SM),
         "memory_mhz": _ask("nvmlDeviceGetClockInfo", gpu, nvml.NVML_CLOCK_MEM),
-        "milliwatts": _ask("nvmlDeviceGetPowerUsage", gpu),
+        "watts": _ask("nvmlDeviceGetPowerUsage", gpu, scale=1e-3),
         "celsius": _ask("nvmlDeviceGetTemperature", gpu, nvml.NVML_TEMPERATURE_GPU),
     }
     return {name: value for name, value in said.items() if value is not None}
@@ -68,15 +68,16 @@ def _nvml() -> tuple[Any, Any] | None:
         return None
 
 
-def _ask(function: str, *arguments: Any) -> Any:
-    """None where there is no answer."""
+def _ask(function: str, *arguments: Any, scale: float | None = None) -> Any:
+    """What NVML answers, times `scale`; None where there is no answer."""
     if not (found := _nvml()):
         return None
     nvml, _ = found
     try:
-        return getattr(nvml, function)(*arguments)
+        answer = getattr(nvml, function)(*arguments)
     except nvml.NVMLError:
         return None
+    return answer if scale is None else scale * answer
 
 
 def _cpu_name() -> str:

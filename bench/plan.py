@@ -34,7 +34,6 @@ class Stage(NamedTuple):
     arguments: tuple[str, ...]  # of Python
     seconds: float  # at most; the run's limit counts too
     needs: tuple[str, ...] = ()  # of NEEDS, without which it cannot run
-    wants: tuple[str, ...] = ()  # without which it does less
     partial: bool = False  # whether exit status 1 means no more than that there was not time for all
 
 
@@ -46,16 +45,16 @@ def stages(extent: str, on_gpu: bool, imitated: bool, workers: int, out: Path) -
     if extent != "quick" or not on_gpu:  # the tests say more
         found.append(Stage("info", (*CLI, "info", "--dtype", "bfloat16" if on_gpu else "float32"), 30, compiler))
     if extent != "second":
-        found.append(Stage("tests", _tests(short, on_gpu, imitated, workers), 80, compiler, ("xdist",)))
+        found.append(Stage("tests", _tests(short, on_gpu, imitated, workers), 80, compiler))
     if extent != "second" and on_gpu:
         found += [_tune(*each, 45 if short else 600) for each in _tuned(short)]
     if extent != "quick" or not on_gpu:
         found.append(_bench("kernels", rows, 100, compiler))
-    found.append(_bench("model", rows, SECONDS[extent], (*compiler,), ("timm", "pynvml")))
+    found.append(_bench("model", rows, SECONDS[extent], compiler))
     if on_gpu and not imitated and not short:
         found = [stage._replace(seconds=20_000) for stage in found]
     report = (str(REPO / "bench/report.py"), rows, "--out", str(out))
-    found.append(Stage("report", report, REPORT, wants=("matplotlib",)))
+    found.append(Stage("report", report, REPORT))
     return found if on_gpu and not imitated else [stage._replace(seconds=PATIENCE) for stage in found]
 
 
@@ -82,10 +81,11 @@ def _tune(variant: str, dtype: str, batch_sizes: tuple[str, ...], budget: int) -
     return Stage(f"tune-{variant}-{dtype}", (*command, "--budget", str(budget)), budget + 12, ("cc",), partial=True)
 
 
-def _bench(name: str, rows: str, seconds: float, needs: tuple[str, ...], wants: tuple[str, ...] = ()) -> Stage:
-    return Stage(f"bench-{name}", (*PYTEST, str(REPO / f"bench/test_{name}.py"), "--rows", rows), seconds, needs, wants)
+def _bench(name: str, rows: str, seconds: float, needs: tuple[str, ...]) -> Stage:
+    return Stage(f"bench-{name}", (*PYTEST, str(REPO / f"bench/test_{name}.py"), "--rows", rows), seconds, needs)
 
 
+# What a stage needs, and what it does less without, as people are told
 NEEDS = {
     "torch": "the package torch",
     "triton": "the package triton",

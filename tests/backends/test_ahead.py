@@ -113,3 +113,12 @@ def test_a_new_backend_with_the_same_choices_loads_nothing_again(monkeypatch):
     for entries in ({}, {}, other):
         triton_backend.Backend(lambda device, entries=entries: Selection(entries)).attention(torch.zeros(3, 5, 3, 2, 8))
     assert keys[0] == keys[1] != keys[2]
+
+
+def test_what_a_graph_runs_is_loaded_with_what_runs_eagerly():
+    """A capture of the user's own runs the eager choices, maybe after nothing but replays."""
+    eager = {"route": "triton", "config": {"BLOCK_M": 64}}
+    graph = {"route": "sdpa", "config": None}
+    selection = Selection({"attention 5x2x8 float16": {"4": {"eager": eager, "graph": graph, "dropped": {}}}})
+    found = triton_backend._choices("attention", (5, 2, 8), torch.float16, selection)
+    assert {"triton", "triton M=64", "sdpa"} <= set(map(str, found))

@@ -219,7 +219,7 @@ class TestEnvironment:
         for function in (environment._nvml, environment.about):
             function.cache_clear()
 
-    @pytest.mark.parametrize("lacks, watts", [("", {"milliwatts": 345_670}), ("power", {})])
+    @pytest.mark.parametrize("lacks, watts", [("", {"watts": pytest.approx(345.67)}), ("power", {})])
     def test_clocks(self, lacks, watts, monkeypatch):
         nvml = Nvml(lacks)
         monkeypatch.setitem(sys.modules, "pynvml", nvml)
