@@ -101,7 +101,7 @@ def environment(scratch: Path, extent: str, imitated: bool) -> dict[str, str]:
         "SIGLIP_FAST_CACHE_DIR": "tuned", "TRITON_CACHE_DIR": "triton", "TORCHINDUCTOR_CACHE_DIR": "inductor",
         "CUDA_CACHE_PATH": "cuda", "MPLCONFIGDIR": "matplotlib", "HF_HOME": "huggingface", "XDG_CACHE_HOME": "cache",
     }  # fmt: skip
-    own = {name: str(scratch / folder) for name, folder in caches.items() if name not in os.environ}
+    own = {name: str(scratch / folder) for name, folder in caches.items() if imitated or name not in os.environ}
     own |= {"PYTHONPATH": os.pathsep.join(filter(None, [str(package), os.environ.get("PYTHONPATH")]))}
     own |= {"PYTHONDONTWRITEBYTECODE": "1", "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1", "SIGLIP_FAST_BENCH": extent}
     own |= {"SIGLIP_FAST_IMITATED_GPU": "1" if imitated else ""}

@@ -229,7 +229,7 @@ class TestPlan:
 
     def test_order(self):
         assert self.names("quick") == ["tests", "tune-base-patch16-224-bfloat16", "bench-model", "report"]
-        assert self.names("second") == ["info", "bench-kernels", "bench-model", "report"]
+        assert self.names("second") == ["bench-kernels", "bench-model", "report"]
         assert self.names("quick", on_gpu=False) == ["info", "tests", "bench-kernels", "bench-model", "report"]
 
     def test_batch_64_is_tuned_first(self):
