@@ -50,7 +50,7 @@ def main() -> int:
         settings = environment(scratch, arguments.extent, arguments.rehearse)
         gpu = gpu_name(settings)
         try:
-            out = make_folder(arguments.out or default_folder(gpu, arguments.rehearse))
+            out = make_folder(arguments.out or default_folder(gpu, arguments))
         except OSError as error:
             print(f"--out: a folder that can be written to is needed: {error}", file=sys.stderr)
             return 2
@@ -117,11 +117,12 @@ def gpu_name(settings: dict[str, str]) -> str:
     return done.stdout.strip()
 
 
-def default_folder(gpu: str, imitated: bool) -> Path:
-    if imitated or not gpu:
+def default_folder(gpu: str, arguments: argparse.Namespace) -> Path:
+    """One a run: in a folder of both, the second's logs would take the place of the first's."""
+    if arguments.rehearse or not gpu:
         return Path(tempfile.mkdtemp())
     name = re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-")
-    return REPO / "docs" / "results" / f"{name}-{datetime.date.today()}"
+    return REPO / "docs" / "results" / f"{name}-{datetime.date.today()}-{arguments.extent}"
 
 
 def make_folder(folder: Path) -> Path:

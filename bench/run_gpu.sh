@@ -2,7 +2,7 @@
 # All that a GPU has to say about this checkout: bench/run_gpu.sh [--quick|--second|--full] [--rehearse] [--only 'STAGE|STAGE'] [--out DIR]
 #
 # Tests, tuning, benchmarks, report. --quick (the default) and --second end within 4 minutes each and together are what a
-# first hour wants to know, --full takes hours. DIR (docs/results/GPU-DATE by default) holds at any moment what there is
+# first hour wants to know, --full takes hours. DIR (docs/results/GPU-DATE-RUN by default) holds at any moment what there is
 # so far: summary.md, rows.jsonl, in the end README.md with plots, and results.tar.gz with all of it and every log. A stage
 # that fails stops no other; the exit status is 1 then, 130 after Ctrl-C. --only runs the stages whose names begin so.
 # --rehearse imitates the GPU: every stage in about a minute, and not a single figure. Needs neither network nor

@@ -214,6 +214,17 @@ def test_a_folder_that_cannot_be_written_to(folder, tmp_path):
     assert done.returncode == 2 and "--out: a folder that can be written to is needed" in done.stderr
 
 
+def test_runs_have_folders_of_their_own(monkeypatch):
+    folders = []
+    for name in ("--quick", "--second"):
+        monkeypatch.setattr(sys, "argv", ["run.py", name])
+        folders.append(run_gpu.default_folder("NVIDIA H200", run_gpu.parse()))
+    assert folders[0] != folders[1] and all(f.parent == REPO / "docs/results" for f in folders)
+    assert all(f.name.startswith("nvidia-h200-20") for f in folders)
+    monkeypatch.setattr(sys, "argv", ["run.py", "--rehearse"])
+    assert REPO not in run_gpu.default_folder("IMITATED H200", run_gpu.parse()).parents
+
+
 def test_usage():
     assert start("--fast").returncode == 2
 
