@@ -20,7 +20,7 @@ TESTS = (*(f"kernels/test_{name}.py" for name in KERNELS), "models/test_siglip.p
 # Of those, in a short run. The cpu and torch backends are no GPU's business, nor are models of full size, which the
 # benchmark compares too; of torch.compile's tests those that do not compile again and again.
 ON_GPU = (
-    "not (cpu or torch-) and not (published or full_depth or real_width or deep_model or giant or large)"
+    "not (cpu or torch-) and not (published or full_depth or real_width or deep_model or giant- or large-)"
     " and (not test_traced or one_operation or opcheck or modes)"
 )
 ON_CPU = (
