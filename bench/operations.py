@@ -49,7 +49,7 @@ def candidates(case: Case, operation: str) -> dict[str, Callable[[], Call]]:
             raise Missing(NOT_TUNED)
         backend = select.load(BACKEND, Selection.load)
         call = Call(getattr(backend, name), packed(arguments, backend, tokens=wanted.rows // case.batch_size))
-        with configurations(tuned):  # settled at the first call
+        with configurations("tuned" if tuned else "built-in"):  # settled at the first call
             call()
         return call
 

@@ -16,7 +16,7 @@ KERNELS = ("patch_embed", "layernorm_linear", "attention", "linear_residual", "l
            "residual_epilogue", "tiles", "float32_stream")  # fmt: skip
 # In the order in which they are begun, should the time not do: "load" hands them out so
 TESTS = (*(f"kernels/test_{name}.py" for name in KERNELS), "models/test_siglip.py", "models/test_weights.py",
-         "running/test_graphs.py", "running/test_traced.py", "kernels/test_configs.py")  # fmt: skip
+         "running/test_plans.py", "running/test_graphs.py", "running/test_traced.py", "kernels/test_configs.py")  # fmt: skip
 # Of those, in a short run. The cpu and torch backends are no GPU's business, nor are models of full size, which the
 # benchmark compares too; of torch.compile's tests those that do not compile again and again.
 ON_GPU = (

@@ -112,7 +112,8 @@ def gemm_defaults(dtype: torch.dtype, arch: str, K: int, tma: bool = False, spli
     tiles = [gemm_tile(*tile) for tile in DEFAULT_TILES if arch != "sm_120" or tile[1] == 128]
     persistent = []
     if tma and can_describe(dtype, arch, K) and not arch.startswith("sm_12"):
-        chosen = PERSISTENT_TILES[1:2] if split else PERSISTENT_TILES[:2]  # the residual takes registers too
+        # The higher one spills 8 or 16 bytes in layernorm_linear under Triton 3.7 and 3.9, the wider one in linear_residual.
+        chosen = PERSISTENT_TILES[1:2] if split else PERSISTENT_TILES[:1]
         persistent = [gemm_tile(*tile, TMA=True, PERSISTENT=True) for tile in chosen]
     if split:
         splits = [

@@ -1,5 +1,6 @@
 """Launch plans give the bits of the forward that they were made from, whatever memory they run in, and go with its weights."""
 
+import contextlib
 import gc
 import threading
 import weakref
@@ -18,13 +19,29 @@ from siglip_fast.backends.choice import Choice
 from siglip_fast.running import plans
 from siglip_fast.running.recorder import ALIGNMENT, Recorder, arrange
 
-pytestmark = pytest.mark.skipif(ON_GPU, reason="the interpreter stands for compiled kernels here")
-
 
 @pytest.fixture(autouse=True)
-def interpreted():
-    with planned():
+def interpreted(request):
+    if ON_GPU and request.function is not test_on_a_gpu:
+        pytest.skip("the interpreter stands for compiled kernels here")
+    with contextlib.nullcontext() if ON_GPU else planned():
         yield
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: real kernels, real addresses, streams")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_on_a_gpu(dtype):
+    model = make_model(dtype, num_hidden_layers=2).cuda()
+    streams, kept = [torch.cuda.Stream() for _ in range(3)], []
+    for turn in range(12):
+        pixels = images(1 + turn % 4, dtype=dtype).cuda() + turn
+        torch.cuda.synchronize()
+        with torch.cuda.stream(streams[turn % 3]), torch.no_grad():
+            kept.append((model(pixels), pixels))
+    torch.cuda.synchronize()
+    assert all(plan_of(model)) and len(plan_of(model)) == 4
+    for output, pixels in kept:
+        assert torch.equal(output.last_hidden_state, unplanned(model, pixels).last_hidden_state)
 
 
 @pytest.fixture
