@@ -11,7 +11,7 @@ from matplotlib.ticker import LogFormatter  # noqa: E402
 from results import entered, grouped, ratio, union  # noqa: E402
 
 _OURS, _PEER = "tab:orange", "tab:gray"
-_WARM = ["tab:orange", "tab:red", "gold", "firebrick"]  # ours
+_WARM = ["tab:orange", "tab:red", "gold", "firebrick", "sandybrown"]  # ours
 _COOL = ["black", "dimgray", "darkgray", "tab:blue", "tab:cyan", "tab:purple", "tab:green", "olive", "navy", "teal"]
 
 

@@ -35,7 +35,7 @@ def names_in_archive(out: Path) -> set[str]:
         return {name.removeprefix("results/") for name in tar.getnames()}
 
 
-@pytest.mark.parametrize("extent", ["quick", "second"])
+@pytest.mark.parametrize("extent", ["quick", pytest.param("second", marks=pytest.mark.slow)])
 def test_every_stage_runs_to_its_end(extent, tmp_path):
     done = subprocess.run(**command(REPO, tmp_path, f"--{extent}"), capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -78,6 +78,7 @@ BROKEN = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BROKEN)
 def test_what_is_broken_fails(name, tmp_path):
     file, old, new, stage = BROKEN[name]
