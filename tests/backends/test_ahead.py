@@ -120,5 +120,5 @@ def test_what_a_graph_runs_is_loaded_with_what_runs_eagerly():
     eager = {"route": "triton", "config": {"BLOCK_M": 64}}
     graph = {"route": "sdpa", "config": None}
     selection = Selection({"attention 5x2x8 float16": {"4": {"eager": eager, "graph": graph, "dropped": {}}}})
-    found = triton_backend._choices("attention", (5, 2, 8), torch.float16, selection)
+    found = triton_backend._choices("attention", (5, 2, 8), (torch.empty(1, dtype=torch.float16),), selection)
     assert {"triton", "triton M=64", "sdpa"} <= set(map(str, found))

@@ -91,8 +91,8 @@ class TestPeers:
         with pytest.raises(peers.Missing, match=f"{missing} is not installed"):
             make(None, None, None)
 
-    @pytest.mark.parametrize("tuned, expected", [(False, "off"), (True, None)])
-    def test_which_configurations_ours_runs(self, tuned, expected, monkeypatch):
+    @pytest.mark.parametrize("choices, expected", [("built-in", "off"), ("tuned", None)])
+    def test_which_configurations_ours_runs(self, choices, expected, monkeypatch):
         seen = []
         forward = SiglipVisionModel.forward
 
@@ -104,12 +104,21 @@ class TestPeers:
         monkeypatch.setattr(peers, "is_tuned", lambda cases, device: True)
         monkeypatch.setenv("SIGLIP_FAST_TUNE", "the user's")
         with torch.no_grad():
-            peers.siglip_fast(SiglipVisionConfig(**TINY), torch.float32, torch.zeros(1, 3, 24, 24), tuned)()
+            peers.siglip_fast(SiglipVisionConfig(**TINY), torch.float32, torch.zeros(1, 3, 24, 24), choices)()
         assert seen == [expected, "the user's"]
 
     def test_tuned_needs_a_gpu(self):
         with pytest.raises(peers.Missing, match="not tuned"):
-            peers.siglip_fast(SiglipVisionConfig(**TINY), torch.float32, torch.zeros(1), tuned=True)
+            peers.siglip_fast(SiglipVisionConfig(**TINY), torch.float32, torch.zeros(1), "tuned")
+
+    def test_a_race_needs_one_too_and_an_empty_cache(self, monkeypatch):
+        with pytest.raises(peers.Missing, match="races are for GPUs"):
+            peers.siglip_fast(SiglipVisionConfig(**TINY), torch.float32, torch.zeros(1), "raced")
+        monkeypatch.setenv("SIGLIP_FAST_TUNE", "off")
+        monkeypatch.setenv("SIGLIP_FAST_CACHE_DIR", "the user's")
+        with peers.configurations("raced"):
+            assert "SIGLIP_FAST_TUNE" not in os.environ and not os.listdir(os.environ["SIGLIP_FAST_CACHE_DIR"])
+        assert os.environ["SIGLIP_FAST_CACHE_DIR"] == "the user's"
 
     def test_tuned_is_a_model_whose_own_operations_are(self, tmp_path, monkeypatch):
         monkeypatch.setenv("SIGLIP_FAST_CACHE_DIR", str(tmp_path))
@@ -119,8 +128,13 @@ class TestPeers:
         found = {"route": "vendor", "config": None, "microseconds": {"vendor": 1.0}}
         entries = {}
         for case in small:
-            entry = {"eager": found, "graph": found, "dropped": {}}
+            entry = {"eager": found, "graph": found, "dropped": {}, "raced": True}
             entries.setdefault(str(case.operation), {})[str(cache.bucket(case.rows))] = entry
+        cache.write(cache.Key.of(gpu), entries)
+        assert not peers.is_tuned(small, gpu)
+        for buckets in entries.values():
+            for entry in buckets.values():
+                del entry["raced"]
         cache.write(cache.Key.of(gpu), entries)
         assert peers.is_tuned(small, gpu) and not peers.is_tuned(large, gpu)
         assert not peers.is_tuned(peers.tuning_cases(config, torch.float16, 1), gpu)

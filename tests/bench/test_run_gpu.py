@@ -146,8 +146,9 @@ def test_tests_that_were_not_executed_did_not_pass(run, out):
 
 
 START = """
-import sys, time
+import signal, sys, time
 from pathlib import Path
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job was told to ignore it
 sys.path.insert(0, sys.argv[2])
 import run
 from plan import Stage

@@ -35,6 +35,41 @@ _PERSISTENT_NORMED = f"{_TILES} test_persistent_layernorm_linear and"
 _DESCRIPTORS = "tests/kernels/test_tiles.py -k 'triton and fp16 and descriptors and"
 _AHEAD = "tests/backends/test_ahead.py -k"
 _INVARIANT = "tests/backends/test_invariant.py -k"
+_PLANS = "tests/running/test_plans.py -k"
+
+# Launch plans: file in siglip_fast/, old, new, tests.
+_PLANNED = {
+    "buffers-overlap": (
+        "running/recorder.py",
+        "at_once = taken.first <= buffer.last and buffer.first <= taken.last",
+        "at_once = False",
+        "overlap",
+    ),
+    "last-use-forgotten": ("running/recorder.py", "buffer.last = len(self.steps)", "pass", "'same_bits and dtype0-2'"),
+    "unknown-memory-taken": (
+        "running/recorder.py",
+        'self.reason = f"a tensor of shape {list(tensor.shape)} comes from no operation"',
+        "pass",
+        "no_operation",
+    ),
+    "storage-numbers-used-again": (
+        "running/recorder.py",
+        "self._storage = StorageWeakRef(tensor.untyped_storage())",
+        "pass",
+        "used_again",
+    ),
+    "output-in-the-piece": (
+        "running/recorder.py",
+        "self.buffers[view.buffer].own = False",
+        "pass",
+        "'same_bits and dtype0-2'",
+    ),
+    "alignment-of-pixels": ("running/plans.py", "pixel_values.data_ptr() % 16,", "0,", "told_apart"),
+    "old-outputs-written": ("running/plans.py", "elif bound.given != addresses:", "elif False:", "that_are_kept"),
+    "profilers-see-nothing": ("running/plans.py", "and not _is_profiled()", "", "profilers"),
+    "results-of-calls-kept": ("running/plans.py", "part.done = done", "pass", "results_of_calls"),
+    "calls-in-autocast": ("running/plans.py", ", torch.autocast(piece.device.type, enabled=False)", "", "calls_run_as"),
+}
 
 # Edits of a persistent program's steps, which both kernels take, and of the loop that both hold: old and new.
 _STEPS = {
@@ -582,6 +617,10 @@ MUTANTS = {
         "tests/models/test_batch_invariance.py -k library",
         interpreted=True,
     ),
+    **{
+        f"plan-{name}": Mutant(f"siglip_fast/{file}", old, new, f"{_PLANS} {tests}", interpreted=True)
+        for name, (file, old, new, tests) in _PLANNED.items()
+    },
     # The mode is asked for, and configurations depend on the number of rows all the same.
     **{
         f"invariant-by-the-rows-{name}": Mutant(

@@ -86,6 +86,20 @@ def test_same_bits(count, dtype):
     check(make_model(dtype), images(count, dtype=dtype))
 
 
+def test_outputs_that_are_kept(model, monkeypatch):
+    """As torch's CUDA allocator has it: the piece of memory lies where it lay, the outputs do not, since the last are kept."""
+    pieces, empty = {}, torch.empty
+
+    def allocate(*shape, dtype=None, **options):
+        if dtype != torch.uint8:
+            return empty(*shape, dtype=dtype, **options)
+        return pieces.setdefault(shape, empty(*shape, dtype=dtype, **options))
+
+    monkeypatch.setattr(torch, "empty", allocate)
+    check(model, images(2))
+    assert len(pieces) == 1
+
+
 def test_batch_sizes_in_turns(model):
     for count in (1, 3, 1, 2, 3):
         with torch.no_grad():
@@ -220,12 +234,21 @@ def test_autocast_is_not_planned(model):
     assert not Compiled.launched
 
 
-def test_autocast_without_head_is_the_same(monkeypatch):
-    """A vendor's route is called with autocast off, in a plan as at first."""
+def test_calls_run_as_at_first(monkeypatch):
+    """Inside of autocast a forward runs its operations with autocast off, and so does a plan."""
     monkeypatch.setattr("siglip_fast.models.weights._selection_on", lambda device: Selection("attention"))
+    modes, run = [], triton_backend.RUN["attention"]
+
+    def watched(*args):
+        modes.append(torch.is_autocast_enabled("cpu"))
+        return run(*args)
+
+    monkeypatch.setitem(triton_backend.RUN, "attention", watched)
     model = make_model(vision_use_head=False)
-    with torch.autocast("cpu", torch.bfloat16):
-        check(model, images(2))
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        for _ in range(3):
+            model(images(2))
+    assert Compiled.launched and modes == 3 * [False]
 
 
 def test_results_of_calls_go_when_they_were_read(monkeypatch):
