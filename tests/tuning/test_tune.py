@@ -409,9 +409,10 @@ def test_not_on_a_cpu_without_the_interpreter(monkeypatch, capsys):
 def test_interrupted_by_a_signal(tmp_path):
     """Ctrl-C ends the worker too."""
     code = textwrap.dedent("""
-        import sys, torch
+        import signal, sys, torch
         from siglip_fast.tuning import tune as tuning
         from transformers import SiglipVisionConfig
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job was told to ignore it
         worker = [sys.executable, "-c", "import os, sys, time; open(sys.argv[1], 'w').write(str(os.getpid())); time.sleep(60)"]
         tuning.tune(SiglipVisionConfig(), torch.float16, [1], torch.device("cpu"), worker=[*worker, sys.argv[1]])
     """)
