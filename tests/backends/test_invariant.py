@@ -27,7 +27,8 @@ OPERATIONS = ["patch_embed", "uint8", "qkv", "attention", "out_proj", "fc1", "fc
 HEAD = ["head_out_proj", "head_fc1", "head_fc2"]  # of as many rows as there are images
 
 
-@pytest.fixture(params=["sm_90", "sm_80", "sm_100"])
+# The other two's configurations are as many more minutes of Triton's interpreter.
+@pytest.fixture(params=["sm_90", *(pytest.param(arch, marks=pytest.mark.slow) for arch in ("sm_80", "sm_100"))])
 def arch(request, monkeypatch) -> str:
     """Triton interprets whatever the GPU; its configurations are chosen for this one."""
     for home in ("kernels.gemm", "kernels.attention", "kernels.attention_pool", "kernels.patch_embed"):
