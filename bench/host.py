@@ -25,7 +25,7 @@ os.environ.pop("TRITON_INTERPRET", None)  # interpreted kernels are not launched
 
 import torch
 import triton
-from siglip_fast.kernels.tiles import GPUS
+from pretended import Driver
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
@@ -39,8 +39,8 @@ HEAD = [
     "# What a forward costs the host",
     "",
     "Made by `python bench/host.py --markdown docs/host.md`, whose first lines say how: no GPU is there, none is measured, and a",
-    "CPU tensor stands for each of its tensors. Medians in µs, bfloat16; in brackets the ratio to as many bare launches. The",
-    "issue's targets: a forward at most 1.0; a replay at most 40 µs, which is **missed**: the graph begins after about that long, and",
+    "CPU tensor stands for each of its tensors. Medians in µs, bfloat16; in brackets the ratio to as many bare launches.",
+    "Targets: a forward at most 1.0; a replay at most 40 µs, which is **missed**: the graph begins after about that long, and",
     "its weights are checked while it runs.",
     "",
 ]
@@ -63,42 +63,6 @@ class Pool:
                 return known[i]
         known.append(self._empty(*shape, **options))
         return known[-1]
-
-
-class Launcher:
-    def __init__(self, source, metadata):
-        pass
-
-    def __call__(self, *arguments):
-        pass
-
-
-class Driver:
-    """A Triton driver for a GPU that is not there: nothing is loaded or launched."""
-
-    launcher_cls = Launcher
-
-    def get_current_target(self):
-        return GPUTarget("cuda", 90, 32)
-
-    def get_current_device(self):
-        return 0
-
-    def get_current_stream(self, device):
-        return 0
-
-    @property
-    def utils(self):
-        return self
-
-    def get_device_properties(self, device):
-        return {"multiprocessor_count": GPUS["sm_90"].sms, "max_shared_mem": 232448}
-
-    def load_binary(self, name, kernel, shared, device):
-        return 1, 1, 32, 0, 1024  # module, function, registers, spills, most threads
-
-    def unload_module(self, module):
-        pass
 
 
 class Recorder:
@@ -127,7 +91,7 @@ def nothing(x_ptr, n):
 @contextlib.contextmanager
 def pretended() -> Iterator[None]:
     """CPU tensors go the way of those on an sm_90."""
-    driver.set_active(Driver())
+    driver.set_active(Driver(GPUTarget("cuda", 90, 32)))
     with (
         mock.patch.object(select, "_triton_unavailable", lambda device: None),
         mock.patch.object(plans, "applies", lambda tensor: True),

@@ -10,12 +10,12 @@ Imported at the start of each process of a rehearsal (bench/run.py), before anyt
 """
 
 import contextlib
-import itertools
 import time
 from types import SimpleNamespace
 
 import torch
 import triton
+from pretended import Driver
 from torch import Tensor
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from triton.backends.compiler import GPUTarget
@@ -142,21 +142,8 @@ def _empty_kernel():
     pass
 
 
-class Driver:
-    """Triton's: of an H200, and it loads and launches nothing."""
-
-    def __init__(self):
-        self.target = GPUTarget("cuda", 90, 32)
-        self.utils = self
-        self._handles = itertools.count(1)
-
-    def get_current_target(self):
-        return self.target
-
+class H200(Driver):
     def get_current_device(self):
-        return 0
-
-    def get_current_stream(self, device=None):
         return 0
 
     def get_device_interface(self):
@@ -164,16 +151,6 @@ class Driver:
 
     def get_active_torch_device(self):
         return CUDA
-
-    def get_device_properties(self, device):
-        return {"multiprocessor_count": 132, "max_shared_mem": 232448, "warpSize": 32}
-
-    def load_binary(self, name, kernel, shared, device):
-        handle = next(self._handles)
-        return handle, handle, 32, 0, 1024  # module, function, registers, spills, threads
-
-    def launcher_cls(self, source, metadata):
-        return lambda *args: None
 
 
 def _compile_empty():
@@ -206,7 +183,7 @@ def install() -> None:
     torch.Generator = Generator
     torch.compile = lambda model=None, **options: model
     mode.__enter__()
-    driver.set_active(Driver())
+    driver.set_active(H200(GPUTarget("cuda", 90, 32)))
     triton.compiler.compile = _compile_empty()
 
 

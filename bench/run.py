@@ -95,7 +95,8 @@ def environment(scratch: Path, extent: str, imitated: bool) -> dict[str, str]:
         (package / "siglip_fast" / source.name).symlink_to(source)
     (package / "siglip_fast" / "kernels").symlink_to(REPO / "kernels")
     if imitated:
-        (package / "imitated_gpu.py").symlink_to(REPO / "bench" / "imitated_gpu.py")
+        for name in ("imitated_gpu.py", "pretended.py"):
+            (package / name).symlink_to(REPO / "bench" / name)
         (package / "sitecustomize.py").write_text(SITE)  # which also a stage's own processes import
     caches = {
         "SIGLIP_FAST_CACHE_DIR": "tuned", "TRITON_CACHE_DIR": "triton", "TORCHINDUCTOR_CACHE_DIR": "inductor",

@@ -26,7 +26,7 @@ import triton
 from bound import Work
 from gates import TENSOR, Row, failures
 from machine_code import inspect
-from siglip_fast.kernels.tiles import GPUS
+from pretended import Driver
 from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
@@ -41,30 +41,6 @@ SHAPE = ("N", "K", "D", "HEADS", "HEAD_DIM", "PATCH", "GELU", "HAS_RESIDUAL", "T
 
 
 Task = tuple[str, str, tuple[str, ...], int]  # architecture, dtype, models, batch size
-
-
-class _Pretender:
-    """The part of a Triton driver that launches ask what to compile for."""
-
-    def __init__(self, target: GPUTarget):
-        self._target = target
-
-    def get_current_target(self):
-        return self._target
-
-    def get_current_device(self):
-        return self._target  # keys Triton's in-memory cache
-
-    def get_current_stream(self, device):
-        return 0
-
-    @property
-    def utils(self):
-        return self
-
-    def get_device_properties(self, device):
-        gpu = GPUS.get(f"sm_{self._target.arch}")
-        return {"multiprocessor_count": gpu.sms if gpu else 0}
 
 
 @dataclass(eq=False)
@@ -90,7 +66,7 @@ def launches_of(arch: str):
             kernel = failed[key] = NotCompiled(f"does not compile: {' '.join(str(error).split())[-200:]}")
         launches.append((self, dict(zip(self.arg_names, args, strict=False)) | kwargs, grid, kernel))
 
-    driver.set_active(_Pretender(target))
+    driver.set_active(Driver(target))
     JITFunction.run, torch.version.hip = compile_only, "pretended" if target.backend == "hip" else None
     try:
         yield launches

@@ -6,6 +6,7 @@ no memory is kept between forwards. The addresses of weights are part of a plan,
 derived weights that it was made on (`siglip_fast.models.weights.Derived`).
 """
 
+import itertools
 import logging
 import threading
 from collections.abc import Callable, Iterable
@@ -104,9 +105,7 @@ class Plan:
         self._outputs = [view and view.buffer for view in outputs]
         returned = {buffer for step in recorder.steps if isinstance(step, Call) for buffer in step.results}
         self._written = {view.buffer: view for view in outputs if view and view.buffer not in returned}
-        self._parts = [Part(call, launches, offsets) for call, launches in _parts(recorder.steps)]
-        for part, done in zip(self._parts, _done(recorder, returned - set(self._outputs)), strict=True):
-            part.done = done
+        self._parts = [Part(*part, offsets) for part in _parts(recorder, returned - set(self._outputs))]
         self.launches = sum(isinstance(step, Launch) for step in recorder.steps)
 
     def __call__(self, *inputs: Tensor) -> Outputs:
@@ -170,11 +169,11 @@ class Bound(NamedTuple):
 
 
 class Part:
-    """Maybe a call, then launches. `offsets` are those of buffers in the plan's own piece of memory."""
+    """Maybe a call, then launches; `done` is what calls returned and no later part reads, `offsets` are those of buffers in
+    the plan's own piece of memory."""
 
-    def __init__(self, call: Call | None, launches: list[Launch], offsets: dict[int, int]):
-        self._call, self._offsets = call, offsets
-        self.done: list[int] = []  # what calls returned and no later part reads
+    def __init__(self, call: Call | None, launches: list[Launch], done: list[int], offsets: dict[int, int]):
+        self._call, self._done, self._offsets = call, done, offsets
         self._launches = [Prepared(launch) for launch in launches]
         self._given = sorted({buffer for launch in self._launches for buffer in launch.buffers} - set(offsets))
         # Users keep outputs, so their addresses change more often than that of the piece.
@@ -193,7 +192,7 @@ class Part:
             bound = self._bind(own, addresses, self._use_given, bound.launches.copy())
         for run, arguments in bound.launches:
             run(*arguments)
-        for buffer in self.done:
+        for buffer in self._done:
             del given[buffer]
 
     def _bind(self, own: tuple[int, int], given: list[int], which: Iterable[int], launches: list) -> Bound:
@@ -219,20 +218,12 @@ class Part:
         return base.as_strided(view.shape, view.stride, base.storage_offset() + offset)
 
 
-def _done(recorder: Recorder, returned: set[int]) -> list[list[int]]:
-    """For each part, those of the buffers that calls returned which are used in it for the last time."""
-    begins = [0, *(i for i, step in enumerate(recorder.steps) if isinstance(step, Call))]
-    ends = [*begins[1:], len(recorder.steps)]
-    last = {buffer: max(recorder.buffers[buffer].last, recorder.buffers[buffer].first) for buffer in returned}
-    return [[b for b, step in last.items() if begin <= step < end] for begin, end in zip(begins, ends, strict=True)]
-
-
-def _parts(steps: list[Launch | Call]) -> list[tuple[Call | None, list[Launch]]]:
-    """Each call with the launches up to the next."""
-    parts: list[tuple[Call | None, list[Launch]]] = [(None, [])]
-    for step in steps:
-        if isinstance(step, Call):
-            parts.append((step, []))
-        else:
-            parts[-1][1].append(step)
+def _parts(recorder: Recorder, returned: set[int]) -> list[tuple[Call | None, list[Launch], list[int]]]:
+    """Each call with the launches up to the next, and those of the `returned` buffers that are used in it for the last time."""
+    begins = [0, *(i for i, step in enumerate(recorder.steps) if isinstance(step, Call)), len(recorder.steps)]
+    parts = []
+    for begin, end in itertools.pairwise(begins):
+        steps = recorder.steps[begin:end]
+        call = steps.pop(0) if steps and isinstance(steps[0], Call) else None
+        parts.append((call, steps, [i for i in returned if begin <= recorder.buffers[i].last < end]))
     return parts

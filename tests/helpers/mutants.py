@@ -67,7 +67,12 @@ _PLANNED = {
     "alignment-of-pixels": ("running/plans.py", "pixel_values.data_ptr() % 16,", "0,", "told_apart"),
     "old-outputs-written": ("running/plans.py", "elif bound.given != addresses:", "elif False:", "that_are_kept"),
     "profilers-see-nothing": ("running/plans.py", "and not _is_profiled()", "", "profilers"),
-    "results-of-calls-kept": ("running/plans.py", "part.done = done", "pass", "results_of_calls"),
+    "results-of-calls-kept": (
+        "running/plans.py",
+        "self._done, self._offsets = call, done, offsets",
+        "self._done, self._offsets = call, [], offsets",
+        "results_of_calls",
+    ),
     "calls-in-autocast": ("running/plans.py", ", torch.autocast(piece.device.type, enabled=False)", "", "calls_run_as"),
 }
 
