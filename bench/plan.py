@@ -82,7 +82,8 @@ def _tune(variant: str, dtype: str, batch_sizes: tuple[str, ...], budget: int) -
 
 
 def _bench(name: str, rows: str, seconds: float, needs: tuple[str, ...]) -> Stage:
-    return Stage(f"bench-{name}", (*PYTEST, str(REPO / f"bench/test_{name}.py"), "--rows", rows), seconds, needs)
+    command = (*PYTEST, str(REPO / f"bench/test_{name}.py"), "--rows", rows)
+    return Stage(f"bench-{name}", command, seconds, ("pytest_benchmark", *needs))
 
 
 # What a stage needs, and what it does less without, as people are told
@@ -91,6 +92,7 @@ NEEDS = {
     "triton": "the package triton",
     "transformers": "the package transformers",
     "pytest": "the package pytest",
+    "pytest_benchmark": "the package pytest-benchmark",
     "cc": "a C compiler (gcc or clang on PATH, or CC), with which Triton builds what launches kernels",
     "xdist": "the package pytest-xdist: tests run one after the other",
     "timm": "the package timm: a peer is missing",

@@ -9,6 +9,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import environment
 import pytest
@@ -122,24 +123,41 @@ def latency_turn(run: Callable[[], Tensor]) -> Turn:
     return seconds
 
 
-def race(entrants: Field, make_turn: Callable[[Callable], Turn], rounds: int) -> dict[str, float]:
-    """Median seconds a call of those who got through all rounds."""
+def race(
+    entrants: Field, make_turn: Callable[[Callable], Turn], rounds: int, benchmark: Any = None
+) -> dict[str, float]:
+    """Median seconds a call of those who got through all rounds. pytest-benchmark's fixture `benchmark` runs the rounds
+    where it is given, and prints a figure of its own: that of our turns, of maybe several calls."""
     turns: dict[str, Turn] = {}
     for name, run in list(entrants.runs.items()):
         with Dropping(entrants, name):  # there may be no memory beside the others
             turns[name] = make_turn(run)
     seconds: dict[str, list[float]] = {name: [] for name in turns}
-    for _ in range(rounds):
-        for name in list(turns):
-            rest()
+
+    def time_one(name: str) -> None:
+        if name in turns:
             with Dropping(entrants, name):
                 seconds[name].append(turns[name]())
             if name not in entrants.runs:
                 del turns[name], seconds[name]
+
+    def time_the_others() -> None:
+        for name in [name for name in turns if name != OURS]:
+            rest()
+            time_one(name)
+        rest()
+
+    if benchmark is not None and OURS in turns:
+        benchmark.pedantic(time_one, args=(OURS,), setup=time_the_others, rounds=rounds)
+    else:
+        for _ in range(rounds):
+            time_the_others()
+            time_one(OURS)
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
 def compare(
+    benchmark: Any,
     row: Callable[[dict], None],
     case: Case,
     makers: dict[str, Callable],
@@ -152,11 +170,14 @@ def compare(
     """The whole of a benchmark: candidates are built, checked and timed, and `row` gets what came out.
 
     `turns` has what makes a turn by the name under which its milliseconds are kept; "milliseconds" is one of them, of
-    which rates are made.
+    which rates are made, and that pytest-benchmark runs.
     """
     entrants = build(makers, error, tolerance)
     before = environment.clocks()
-    seconds = {name: race(entrants, make_turn, case.rounds) for name, make_turn in turns.items()}
+    seconds = {
+        name: race(entrants, make_turn, case.rounds, benchmark if name == "milliseconds" else None)
+        for name, make_turn in turns.items()
+    }
     after = environment.clocks()
     entrants.runs.clear()
     free_memory()  # the matmul needs some

@@ -66,7 +66,7 @@ def _graph_turn(call: operations.Call, seconds: Callable) -> rounds.Turn:
 @pytest.mark.parametrize("operation", operations.OPERATIONS)
 @pytest.mark.parametrize("case", CASES, ids=str)
 @torch.no_grad()
-def test_kernel(row, case, operation):
+def test_kernel(benchmark, row, case, operation):
     expected = operations.expected(case, operation)
     makers = operations.candidates(case, operation)
 
@@ -76,6 +76,7 @@ def test_kernel(row, case, operation):
     call = makers["torch"]()
     out = call()
     rounds.compare(
+        benchmark,
         row,
         case,
         makers,

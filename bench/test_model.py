@@ -52,11 +52,12 @@ def agreement(config, pixels):
 
 @pytest.mark.parametrize("case", cases.CASES[environment.DEVICE, cases.extent()], ids=str)
 @torch.no_grad()
-def test_model(row, case):
+def test_model(benchmark, row, case):
     config, dtype = cases.config_of(case), getattr(torch, case.dtype)
     torch.manual_seed(1)
     pixels = torch.randn(case.batch_size, 3, config.image_size, config.image_size, device=environment.DEVICE)
     rounds.compare(
+        benchmark,
         row,
         case,
         makers(case, config, dtype, pixels.to(dtype)),
