@@ -1,13 +1,16 @@
-"""The forward pass of the SigLIP vision tower, on the six operations, and the weights that it takes."""
+"""The forward pass of SigLIP's vision tower and of its descendants, on the operations, and the weights that it takes.
 
-from collections.abc import Callable
+`forward` is for images of one size, `forward_packed` for images of any size, packed. Both read about like the models.
+"""
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from .ops import Linear, Norm, NormedLinear, Ops, PatchEmbedding, Pool
+from .ops import Linear, Norm, NormedLinear, Ops, PatchEmbedding, Pool, Position, Rotation, Segments
 
 
 class LayerWeights(NamedTuple):
@@ -24,16 +27,46 @@ class HeadWeights(NamedTuple):
     fc2: Linear
 
 
+class MergerWeights(NamedTuple):
+    """Of four neighbouring rows, side by side after `norm`, or normalised together within `fc1`."""
+
+    norm: Norm | None
+    fc1: Linear | NormedLinear
+    fc2: Linear
+
+
 class TowerWeights(NamedTuple):
     patch: PatchEmbedding
     layers: list[LayerWeights]
     post_layernorm: Norm | None  # None: what the last layer gives is the last hidden state
     head: HeadWeights | None
     num_heads: int
-    exact_gelu: bool  # by erf, in the place of the tanh form
+    activation: str = "tanh"  # GELU's form
+    merger: MergerWeights | None = None
+    taps: Mapping[int, MergerWeights] = MappingProxyType({})  # by the number of layers before it
+
+
+class Packing(NamedTuple):
+    """What a call on images of any size says beside pixels and weights: M rows, and which belong together how."""
+
+    segments: Segments
+    position: Position
+    rows: Tensor | None = None  # int32 [M]: which of the rows of pixels they are; None: all, in their order
+    rotation: Rotation | None = None
+    out_rows: Tensor | None = None  # int32 [R]: which rows last_hidden_state is to have; None: all
+    images: Segments | None = None  # of the rows of last_hidden_state, for the pooling head
 
 
 Outputs = tuple[Tensor, Tensor | None]  # last_hidden_state [B, N, D], pooler_output [B, D]
+
+
+class PackedOutputs(NamedTuple):
+    """`last_hidden_state [M or R, D]`; `pooler_output [B, D]` of a head, `[M / 4, out]` of a merger; `features`
+    `[M / 4, out]`, one a tap."""
+
+    last_hidden_state: Tensor
+    pooler_output: Tensor | None
+    features: list[Tensor]
 
 
 @torch.no_grad()
@@ -50,25 +83,81 @@ def forward(
     """
     if parts := _parts(ops, pixel_values, len(position)):
         return _forward_in_parts(ops, weights, parts, position, collect)
-    collect = collect or (lambda hidden_states: None)
-    x, m = ops.patch_embed(pixel_values, weights.patch, position)
-    collect(x)
-    for layer in weights.layers:
-        qkv = ops.layernorm_linear(x, m, layer.qkv)
-        o = ops.attention(qkv.unflatten(-1, (3, weights.num_heads, -1)))
-        x, m = ops.linear_residual(o.flatten(2), layer.out_proj, x)
-        h = _fc1(ops, x, m, layer.fc1, weights.exact_gelu)
-        x, m = ops.linear_residual(h, layer.fc2, x)
-        collect(x)
+    after = collect and (lambda layers, x, m: collect(x))
+    x, m = _stream(ops, weights, lambda: ops.patch_embed(pixel_values, weights.patch, position), None, after)
     y = x if weights.post_layernorm is None else ops.layernorm(x, m, weights.post_layernorm)
-    if weights.head is None:
-        return y, None
+    return y, _pooled(ops, weights, y)
+
+
+@torch.no_grad()
+def forward_packed(
+    ops: Ops,
+    weights: TowerWeights,
+    pixel_rows: Tensor,
+    packing: Packing,
+    collect: Callable[[Tensor], None] | None = None,
+) -> PackedOutputs:
+    """`pixel_rows [R, K]` → outputs. `collect` is called with the residual stream `[M, D]` before the first layer and
+    after each."""
+    features = []
+
+    def after(layers: int, x: Tensor, m: Tensor | None) -> None:
+        if collect is not None:
+            collect(x)
+        if layers in weights.taps:
+            features.append(_merged(ops, weights.taps[layers], x, m))
+
+    embed = lambda: ops.patch_embed_rows(pixel_rows, weights.patch, packing.position, packing.rows)  # noqa: E731
+    x, m = _stream(ops, weights, embed, packing, after)
+    y = x if weights.post_layernorm is None else ops.layernorm(x, m, weights.post_layernorm, packing.out_rows)
+    p = _pooled(ops, weights, y, packing.images) if weights.merger is None else _merged(ops, weights.merger, x, m)
+    return PackedOutputs(y, p, features)
+
+
+Stream = tuple[Tensor, Tensor | None]  # hidden_states and their moments
+
+
+def _stream(
+    ops: Ops,
+    weights: TowerWeights,
+    embed: Callable[[], Stream],
+    packing: Packing | None,
+    after: Callable[[int, Tensor, Tensor | None], None] | None,
+) -> Stream:
+    """The residual stream behind the last layer. `after` is called with it after 0, 1, … layers."""
+    segments, rotation = (packing.segments, packing.rotation) if packing else (None, None)
+    x, m = embed()  # here, so that nobody holds it longer than it is needed
+    if after is not None:
+        after(0, x, m)
+    for i, layer in enumerate(weights.layers, 1):
+        qkv = ops.layernorm_linear(x, m, layer.qkv, rotation=rotation)
+        o = ops.attention(qkv.unflatten(-1, (3, weights.num_heads, -1)), segments)
+        x, m = ops.linear_residual(o.flatten(-2), layer.out_proj, x)
+        h = ops.layernorm_linear(x, m, layer.fc1, weights.activation)
+        x, m = ops.linear_residual(h, layer.fc2, x)
+        if after is not None:
+            after(i, x, m)
+    return x, m
+
+
+def _pooled(ops: Ops, weights: TowerWeights, y: Tensor, images: Segments | None = None) -> Tensor | None:
     head = weights.head
-    pooled = ops.attention_pool(y.to(head.pool.value.weight.dtype), head.pool)
+    if head is None:
+        return None
+    pooled = ops.attention_pool(y.to(head.pool.value.weight.dtype), head.pool, images)
     x, m = ops.linear_residual(pooled, head.out_proj, None)
-    h = _fc1(ops, x, m, head.fc1, weights.exact_gelu)
-    p, _ = ops.linear_residual(h, head.fc2, x)
-    return y, p
+    h = ops.layernorm_linear(x, m, head.fc1, weights.activation)
+    return ops.linear_residual(h, head.fc2, x)[0]
+
+
+def _merged(ops: Ops, merger: MergerWeights, x: Tensor, m: Tensor | None) -> Tensor:
+    """`[M, D]` → `[M / 4, out]`."""
+    if merger.norm is None:
+        h = ops.layernorm_linear(x.view(-1, merger.fc1.weight.shape[1]), m, merger.fc1, "erf")
+    else:
+        normed = ops.layernorm(x, m, merger.norm)
+        h = ops.linear(normed.view(-1, merger.fc1.weight.shape[1]), merger.fc1, "erf")
+    return ops.linear(h, merger.fc2)
 
 
 def forward_in_autocast(ops: Ops, weights: TowerWeights, pixel_values: Tensor, *args, **kwargs) -> Outputs:
@@ -97,9 +186,3 @@ def _forward_in_parts(
         collect(torch.cat(states))
     hidden, pooled = zip(*outputs, strict=True)
     return torch.cat(hidden), None if weights.head is None else torch.cat(pooled)
-
-
-def _fc1(ops: Ops, x: Tensor, m: Tensor | None, linear: NormedLinear, exact_gelu: bool) -> Tensor:
-    if exact_gelu:  # not SigLIP's, but many a timm model's; as there in a pass of its own
-        return F.gelu(ops.layernorm_linear(x, m, linear))
-    return ops.layernorm_linear(x, m, linear, gelu=True)

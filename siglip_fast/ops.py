@@ -1,6 +1,7 @@
-"""The six operations of the SigLIP vision tower: their contracts, checked here once for every backend.
+"""The operations of SigLIP's vision tower and of its descendants: their contracts, checked here once for every backend.
 
-B images, N tokens each, D hidden_size, H heads of head_dim d = D / H, p patch size. Every tensor of a call is on one
+B images, N tokens each, D hidden_size, H heads of head_dim d = D / H, p patch size. Images of any size are packed: M rows,
+those of one image after those of another, and `Segments` say which belong together. Every tensor of a call is on one
 device and of one dtype out of bfloat16, float16 and float32, except where float32 is stated. The residual stream
 (`hidden_states`, `residual`, and `position`, which begins it) may be float32 beside 16 bits, as torch.autocast has it. Activations that are
 not contiguous are copied, weights have to be contiguous. Outputs are contiguous. There are no gradients. A contract
@@ -12,13 +13,14 @@ expected.
 whose LayerNorm reads the rows. They belong to the hidden_states that they were returned with.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from .backends.select import load
+from .backends.torch import ACTIVATIONS
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -66,6 +68,46 @@ class Pool(NamedTuple):
 
     scores: Tensor
     value: Linear
+
+
+class Segments(NamedTuple):
+    """Rows that belong together, of a packed call: of segment s those from `first[s]` on, `queries[s]` of them, the first
+    `keys[s]` of which are keys and values too. Rows behind these only look at the others: what padding sees.
+
+    On the device `table` int32 `[S, 3]` has the same columns. `schedule` has what the triton backend's attention goes by:
+    for each number of rows that a tile may have (BLOCK_M) an int32 `[tiles, 4]` of a segment's first row, the tile's first
+    query in the segment, queries and keys of the segment. `siglip_fast.running.packing` makes them.
+    """
+
+    first: tuple[int, ...]
+    queries: tuple[int, ...]
+    keys: tuple[int, ...]
+    table: Tensor
+    schedule: Mapping[int, Tensor]
+
+    @property
+    def length(self) -> int | None:
+        """Of all segments, where they are images of one size, one behind the other, without padding; else None."""
+        n = self.keys[0]
+        equal = set(self.queries) == set(self.keys) == {n} and self.first == (*range(0, n * len(self.first), n),)
+        return n if equal else None
+
+
+class Position(NamedTuple):
+    """Of M rows: row m has the sum over t of `weight[m, t] · table[index[m, t]]`; `table [P, D]`, `index` int32 `[M, T]`,
+    `weight` float32 `[M, T]`, or None for ones where T = 1."""
+
+    table: Tensor
+    index: Tensor
+    weight: Tensor | None = None
+
+
+class Rotation(NamedTuple):
+    """2-D rotary position embedding (Su et al. 2021, an axis each half): `table` float32 `[side, d / 4, 2]`, cosine and
+    sine of position · frequency; `place` int32 `[M, 2]`, each row's position on either axis."""
+
+    table: Tensor
+    place: Tensor
 
 
 AnyLinear = TypeVar("AnyLinear", PatchEmbedding, Linear, NormedLinear)
@@ -128,25 +170,80 @@ class Ops:
         _check_stream("position", position, patch.weight)
         return self._module.patch_embed(pixel_values.resolve_neg(), patch, position)
 
-    def layernorm_linear(
-        self, hidden_states: Tensor, moments: Tensor | None, linear: NormedLinear, gelu: bool = False
-    ) -> Tensor:
-        """`LayerNorm(x)·Wᵀ + b`, then GELU-tanh if asked: `[..., in]` → `[..., out]` in the weights' dtype.
+    def patch_embed_rows(
+        self, pixel_rows: Tensor, patch: PatchEmbedding, position: Position, rows: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """As `patch_embed`, of patches that are rows already: `W·pixel_rows[rows] + bias + position`, and the moments.
 
-        Ba, Kiros & Hinton 2016 (LayerNorm); Hendrycks & Gimpel 2016 (GELU, tanh form).
+        pixel_rows `[R, K]` of any floating dtype, K in the order of the weight's; rows int32 `[M]`, None for all R in
+        their order. Returns `[M, D]` in the position table's dtype.
+        """
+        D, K = patch.weight.shape
+        check_shape("pixel_rows", pixel_rows, (None, K))
+        if not pixel_rows.is_floating_point():
+            raise TypeError(f"pixel_rows: expected a floating dtype, got {pixel_rows.dtype}")
+        if rows is not None:
+            _check_int32("rows", rows, (None,))
+        M = len(pixel_rows) if rows is None else len(rows)
+        check_shape("position.table", position.table, (None, D))
+        _check_int32("position.index", position.index, (M, None))
+        if position.weight is not None:
+            _check_float32("position.weight", position.weight, tuple(position.index.shape))
+        check_shape("bias", patch.bias, (D,))
+        _check_like("bias", patch.bias, weight=patch.weight)
+        _check_stream("position.table", position.table, patch.weight)
+        return self._module.patch_embed_rows(pixel_rows.resolve_neg().contiguous(), patch, position, rows)
+
+    def layernorm_linear(
+        self,
+        hidden_states: Tensor,
+        moments: Tensor | None,
+        linear: NormedLinear,
+        activation: str | None = None,
+        rotation: Rotation | None = None,
+    ) -> Tensor:
+        """`LayerNorm(x)·Wᵀ + b`, then GELU if asked ("tanh" or "erf"): `[..., in]` → `[..., out]` in the weights' dtype.
+
+        hidden_states may be r rows of the stream side by side, `[M / r, r·D]`, r > 1 only where D is a multiple of 64; the
+        moments are those of the M rows. With rotation, which takes no activation, out is 3·H·d: the d channels of each
+        head of the first two thirds, Q and K, are d / 2 pairs side by side (x₀, x₁), of which pair i becomes
+        (x₀·cos − x₁·sin, x₁·cos + x₀·sin) by entry i of the row's d / 4 on the first axis and then d / 4 on the second.
+        Ba, Kiros & Hinton 2016 (LayerNorm); Hendrycks & Gimpel 2016 (GELU); Su et al. 2021 (rotation).
         """
         check_shape("hidden_states", hidden_states, (..., linear.weight.shape[1]))
         _check_stream("hidden_states", hidden_states, linear.weight)
         for name in ("colsum", "bias"):
             _check_float32(name, getattr(linear, name), (linear.weight.shape[0],))
-        self._check_moments(moments, hidden_states)
-        return self._module.layernorm_linear(hidden_states.contiguous(), moments, linear, gelu)
+        self._check_moments(moments, hidden_states, may_be_merged=True)
+        _check_activation(activation)
+        if rotation is not None:
+            self._check_rotation(rotation, hidden_states, linear.weight, activation)
+        return self._module.layernorm_linear(hidden_states.contiguous(), moments, linear, activation, rotation)
 
-    def attention(self, qkv: Tensor) -> Tensor:
-        """`softmax(q kᵀ / √d) v` per head: `[B, N, 3, H, d]` → `[B, N, H, d]`. Vaswani et al. 2017, eq. 1."""
-        check_shape("qkv", qkv, (None, None, 3, None, None))
+    def linear(self, x: Tensor, linear: Linear, activation: str | None = None) -> Tensor:
+        """`x·Wᵀ + b`, then GELU if asked: `[..., in]` → `[..., out]`."""
+        check_shape("x", x, (..., linear.weight.shape[1]))
+        check_shape("bias", linear.bias, (linear.weight.shape[0],))
+        _check_like("x", x, weight=linear.weight, bias=linear.bias)
+        _check_activation(activation)
+        return self._module.linear(x.contiguous(), linear, activation)
+
+    def attention(self, qkv: Tensor, segments: Segments | None = None) -> Tensor:
+        """`softmax(q kᵀ / √d) v` per head: `[B, N, 3, H, d]` → `[B, N, H, d]`. Vaswani et al. 2017, eq. 1.
+
+        With segments, inside of each: `[M, 3, H, d]` → `[M, H, d]`; they hold every row once.
+        """
+        if segments is None:
+            check_shape("qkv", qkv, (None, None, 3, None, None))
+            _check_like("qkv", qkv)
+            return self._module.attention(qkv.contiguous())
+        check_shape("qkv", qkv, (None, 3, None, None))
         _check_like("qkv", qkv)
-        return self._module.attention(qkv.contiguous())
+        if sum(segments.queries) != len(qkv):
+            raise ValueError(f"segments: expected {len(qkv)} rows in all, as qkv has, got {sum(segments.queries)}")
+        if N := segments.length:
+            return self._module.attention(qkv.contiguous().unflatten(0, (-1, N))).flatten(0, 1)
+        return self._module.attention_segments(qkv.contiguous(), segments)
 
     def linear_residual(self, x: Tensor, linear: Linear, residual: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """`x·Wᵀ + b + residual` and the moments of the result: `[..., in]`, `[..., out]` → `[..., out]` in residual's dtype."""
@@ -159,33 +256,67 @@ class Ops:
             _check_stream("residual", residual, x)
         return self._module.linear_residual(x.contiguous(), linear, residual)
 
-    def layernorm(self, hidden_states: Tensor, moments: Tensor | None, norm: Norm) -> Tensor:
-        """`(x − mean) / √(variance + eps) · γ + β`: `[..., D]` → `[..., D]`. Ba, Kiros & Hinton 2016."""
-        check_shape("hidden_states", hidden_states, (..., norm.weight.shape[0]))
-        check_shape("bias", norm.bias, (norm.weight.shape[0],))
+    def layernorm(
+        self, hidden_states: Tensor, moments: Tensor | None, norm: Norm, rows: Tensor | None = None
+    ) -> Tensor:
+        """`(x − mean) / √(variance + eps) · γ + β`: `[..., D]` → `[..., D]`. Ba, Kiros & Hinton 2016.
+
+        With rows, int32 `[R]`, of `hidden_states [M, D]` these: `[R, D]`.
+        """
+        D = norm.weight.shape[0]
+        check_shape("hidden_states", hidden_states, (..., D) if rows is None else (None, D))
+        check_shape("bias", norm.bias, (D,))
         _check_like("hidden_states", hidden_states, weight=norm.weight, bias=norm.bias)
         self._check_moments(moments, hidden_states)
-        return self._module.layernorm(hidden_states.contiguous(), moments, norm)
+        if rows is not None:
+            _check_int32("rows", rows, (None,))
+        return self._module.layernorm(hidden_states.contiguous(), moments, norm, rows)
 
-    def attention_pool(self, hidden_states: Tensor, pool: Pool) -> Tensor:
+    def attention_pool(self, hidden_states: Tensor, pool: Pool, segments: Segments | None = None) -> Tensor:
         """Each head's value projection of the tokens, averaged with softmax weights of its scores.
 
         `[B, N, D]` → `[B, D]`, heads side by side, before the output projection. Zhai et al. 2022 (MAP head),
-        with the constant query multiplied into the key projection.
+        with the constant query multiplied into the key projection. With segments, over the keys of each:
+        `[R, D]` → `[S, D]`.
         """
         D = pool.value.weight.shape[1]
-        check_shape("hidden_states", hidden_states, (None, None, D))
+        check_shape("hidden_states", hidden_states, (None, None, D) if segments is None else (None, D))
         _check_float32("pool.scores", pool.scores, (None, D))
         check_shape("value.bias", pool.value.bias, (D,))
         _check_like("hidden_states", hidden_states, weight=pool.value.weight, bias=pool.value.bias)
-        return self._module.attention_pool(hidden_states.contiguous(), pool)
+        if segments is None:
+            return self._module.attention_pool(hidden_states.contiguous(), pool)
+        _check_int32("segments.table", segments.table, (len(segments.keys), 3))
+        if N := segments.length:
+            return self._module.attention_pool(hidden_states.contiguous().unflatten(0, (-1, N)), pool)
+        return self._module.attention_pool_segments(hidden_states.contiguous(), pool, segments)
 
-    def _check_moments(self, moments: Tensor | None, hidden_states: Tensor) -> None:
+    def _check_moments(self, moments: Tensor | None, hidden_states: Tensor, may_be_merged: bool = False) -> None:
         if self._carries_moments:
             if moments is None:
                 raise TypeError("moments: expected those returned with hidden_states, got None")
             D = hidden_states.shape[-1]
-            _check_float32("moments", moments, (hidden_states.numel() // D, 2, -(-D // 64)))
+            rows, merged = hidden_states.numel() // D, 1
+            if may_be_merged and rows and len(moments) > rows and len(moments) % rows == 0:
+                merged = len(moments) // rows
+                if D % (64 * merged):
+                    raise ValueError(
+                        f"hidden_states: expected {merged} rows of a multiple of 64 channels each, got {D} channels"
+                    )
+            _check_float32("moments", moments, (rows * merged, 2, -(-D // merged // 64)))
+
+    def _check_rotation(
+        self, rotation: Rotation, hidden_states: Tensor, weight: Tensor, activation: str | None
+    ) -> None:
+        if activation is not None:
+            raise ValueError(f"activation: expected None beside rotation, got {activation!r}")
+        _check_float32("rotation.table", rotation.table, (None, None, 2))
+        _check_int32("rotation.place", rotation.place, (hidden_states.shape[:-1].numel(), 2))
+        out, head_dim = weight.shape[0], 4 * rotation.table.shape[1]
+        if out % (3 * head_dim):
+            raise ValueError(
+                f"rotation.table: expected a quarter of head_dim, of Q, K and V of {out}, got {head_dim // 4}"
+            )
 
 
 def check_shape(name: str, tensor: Tensor, expected: tuple) -> None:
@@ -205,6 +336,17 @@ def _check_float32(name: str, tensor: Tensor, shape: tuple) -> None:
     check_shape(name, tensor, shape)
     if tensor.dtype != torch.float32 or not tensor.is_contiguous():
         raise TypeError(f"{name}: expected contiguous float32, got {tensor.dtype}, strides {tensor.stride()}")
+
+
+def _check_int32(name: str, tensor: Tensor, shape: tuple) -> None:
+    check_shape(name, tensor, shape)
+    if tensor.dtype != torch.int32 or not tensor.is_contiguous():
+        raise TypeError(f"{name}: expected contiguous int32, got {tensor.dtype}, strides {tensor.stride()}")
+
+
+def _check_activation(activation: str | None) -> None:
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation: expected one of {', '.join(map(repr, ACTIVATIONS))}, got {activation!r}")
 
 
 def _check_stream(name: str, stream: Tensor, weight: Tensor) -> None:

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from . import onednn_graph
 from . import torch as plain
 from .torch import attention_pool as attention_pool
+from .torch import attention_pool_segments as attention_pool_segments
 from .torch import layernorm as layernorm
 
 _mkldnn = torch.ops.mkldnn
@@ -100,11 +101,24 @@ def patch_embed(pixel_values, patch, position):
     return (tokens.add_ if tokens.dtype == position.dtype else tokens.add)(position), None
 
 
-def layernorm_linear(hidden_states, moments, linear, gelu):
+def patch_embed_rows(pixel_rows, patch, position, rows):
+    if _is_plain(patch):
+        return plain.patch_embed_rows(pixel_rows, patch, position, rows)
+    patches = pixel_rows if rows is None else pixel_rows.index_select(0, rows)
+    tokens = _linear(patches.to(patch.weight.dtype), patch)
+    return tokens + plain.gathered(position), None
+
+
+def layernorm_linear(hidden_states, moments, linear, activation, rotation):
     if _is_plain(linear):
-        return plain.layernorm_linear(hidden_states, moments, linear, gelu)
+        return plain.layernorm_linear(hidden_states, moments, linear, activation, rotation)
     normed = F.layer_norm(hidden_states, hidden_states.shape[-1:], eps=linear.eps).to(linear.weight.dtype)
-    return _linear(normed, linear._replace(bias=linear.bias.to(normed.dtype)), gelu)
+    out = _linear(normed, linear._replace(bias=linear.bias.to(normed.dtype)), activation)
+    return out if rotation is None else plain.rotated(out, rotation)
+
+
+def linear(x, linear, activation):
+    return plain.linear(x, linear, activation) if _is_plain(linear) else _linear(x, linear, activation)
 
 
 def attention(qkv):
@@ -112,6 +126,10 @@ def attention(qkv):
         if fused := onednn_graph.attention_for(qkv):
             return fused(qkv)
     return plain.attention(qkv)
+
+
+def attention_segments(qkv, segments):
+    return plain.attention_segments(qkv, segments, attention)
 
 
 def _is_slow_in_mkl() -> bool:
@@ -136,12 +154,12 @@ def linear_residual(x, linear, residual):
     return _linear(x, linear, residual=residual), None
 
 
-def _linear(x, linear, gelu=False, residual=None):
+def _linear(x, linear, activation=None, residual=None):
     weight, bias = linear.weight, linear.bias
     if weight.is_mkldnn:
         if residual is not None:
             return _mkldnn._linear_pointwise.binary(x, residual, weight, bias, "add")
-        epilogue = ("gelu", [], "tanh") if gelu else ("none", [], "")
+        epilogue = ("gelu", [], {"erf": "none"}.get(activation, activation)) if activation else ("none", [], "")
         return _mkldnn._linear_pointwise(x, weight, bias, *epilogue)
     packed, tokens, threads = linear.packed
     if x.shape[:-1].numel() == tokens and torch.get_num_threads() == threads:
@@ -151,7 +169,7 @@ def _linear(x, linear, gelu=False, residual=None):
         _rows(out).addmm_(_rows(x), weight.T)
     else:
         out = F.linear(x, weight, bias)
-    return _gelu_tanh_(out) if gelu else out
+    return _gelu_tanh_(out) if activation == "tanh" else plain.activated(out, activation)
 
 
 def _convolution(x, weight, bias, residual):

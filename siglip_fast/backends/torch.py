@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+ACTIVATIONS = (None, "tanh", "erf")  # GELU in the form of that name
+
 
 def pack(linear, tokens):
     return linear
@@ -26,11 +28,43 @@ def flat_patches(pixel_values: Tensor, p: int) -> Tensor:
     return patches.permute(0, 2, 4, 1, 3, 5).reshape(B, rows * columns, C * p * p)
 
 
-def layernorm_linear(hidden_states, moments, linear, gelu):
+def patch_embed_rows(pixel_rows, patch, position, rows):
+    patches = pixel_rows if rows is None else pixel_rows.index_select(0, rows)
+    return F.linear(patches.to(patch.weight.dtype), patch.weight, patch.bias) + gathered(position), None
+
+
+def gathered(position):
+    """`[M, D]`: sums in float32, rounded once."""
+    table, index, weight = position
+    taken = table[index]
+    return taken[:, 0] if weight is None else (taken * weight[..., None]).sum(1).to(table.dtype)
+
+
+def layernorm_linear(hidden_states, moments, linear, activation, rotation):
     dtype = linear.weight.dtype
     normed = F.layer_norm(hidden_states, hidden_states.shape[-1:], eps=linear.eps).to(dtype)
-    out = F.linear(normed, linear.weight, linear.bias.to(dtype))
-    return F.gelu(out, approximate="tanh") if gelu else out
+    out = activated(F.linear(normed, linear.weight, linear.bias.to(dtype)), activation)
+    return out if rotation is None else rotated(out, rotation)
+
+
+def linear(x, linear, activation):
+    return activated(F.linear(x, linear.weight, linear.bias), activation)
+
+
+def activated(x, activation):
+    return x if activation is None else F.gelu(x, approximate="none" if activation == "erf" else activation)
+
+
+def rotated(qkv, rotation):
+    """In place: the first two thirds, whose neighbours are pairs, as complex numbers in at least float32."""
+    table, place = rotation
+    # [M, 1, d / 2, 2], the angles of both axes one behind the other
+    angles = table[place].flatten(1, 2)[:, None]
+    turned = qkv[..., : qkv.shape[-1] // 3 * 2].view(len(place), -1, *angles.shape[2:])
+    wide = torch.promote_types(qkv.dtype, angles.dtype)
+    product = torch.view_as_complex(turned.to(wide)) * torch.view_as_complex(angles.to(wide))
+    turned.copy_(torch.view_as_real(product))
+    return qkv
 
 
 def attention(qkv):
@@ -38,13 +72,39 @@ def attention(qkv):
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).contiguous()
 
 
+def attention_segments(qkv, segments, attention=attention):
+    out = qkv.new_empty(len(qkv), *qkv.shape[2:])
+    for first, count, queries, keys in runs(segments):
+        rows = slice(first, first + count * queries)
+        own = qkv[rows].unflatten(0, (count, queries))
+        if queries == keys:
+            result = attention(own)
+        else:
+            q, k, v = (part.transpose(1, 2) for part in own.unbind(2))
+            result = F.scaled_dot_product_attention(q, k[:, :, :keys], v[:, :, :keys]).transpose(1, 2)
+        out[rows].unflatten(0, (count, queries)).copy_(result)
+    return out
+
+
+def runs(segments):
+    """(first row, number of segments, queries, keys) of segments of equal length, one behind the other."""
+    found = []
+    for first, queries, keys in zip(segments.first, segments.queries, segments.keys, strict=True):
+        if found and found[-1][2:] == (queries, keys) and found[-1][0] + found[-1][1] * queries == first:
+            found[-1] = (found[-1][0], found[-1][1] + 1, queries, keys)
+        elif queries:
+            found.append((first, 1, queries, keys))
+    return found
+
+
 def linear_residual(x, linear, residual):
     out = F.linear(x, linear.weight, linear.bias)
     return out if residual is None else out + residual, None
 
 
-def layernorm(hidden_states, moments, norm):
-    return F.layer_norm(hidden_states, hidden_states.shape[-1:], norm.weight, norm.bias, norm.eps)
+def layernorm(hidden_states, moments, norm, rows):
+    normed = F.layer_norm(hidden_states, hidden_states.shape[-1:], norm.weight, norm.bias, norm.eps)
+    return normed if rows is None else normed.index_select(0, rows)
 
 
 def attention_pool(hidden_states, pool):
@@ -54,3 +114,8 @@ def attention_pool(hidden_states, pool):
     pooled = (p.transpose(1, 2) @ hidden_states).transpose(0, 1)
     weight = pool.value.weight.unflatten(0, (pooled.shape[0], -1))
     return (pooled @ weight.transpose(1, 2)).transpose(0, 1).flatten(1) + pool.value.bias
+
+
+def attention_pool_segments(hidden_states, pool, segments):
+    tokens = (hidden_states[first : first + keys] for first, keys in zip(segments.first, segments.keys, strict=True))
+    return torch.cat([attention_pool(own[None], pool) for own in tokens])

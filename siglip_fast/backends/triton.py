@@ -22,7 +22,7 @@ from .ahead import DEFAULTS, Loader
 from .choice import DEFAULT, Choice
 from .invariant import Invariant
 from .select import is_for_graph
-from .torch import pack
+from .torch import ACTIVATIONS, pack
 
 LOADER = Loader()  # of the whole process, as Triton's kernels are
 
@@ -53,12 +53,12 @@ class Backend:
         tensors = (patch.weight, pixel_values, position)
         return self._run("patch_embed", dims, tensors, rows, few, (pixel_values, patch, position))
 
-    def layernorm_linear(self, hidden_states, moments, linear, gelu):
+    def layernorm_linear(self, hidden_states, moments, linear, activation, rotation):
         K = linear.weight.shape[1]
-        rows, few = hidden_states.numel() // K, lambda: (hidden_states.view(-1, K)[:1], moments[:1], linear, gelu)
-        args = (hidden_states, moments, linear, gelu)
-        tensors = (hidden_states, linear.weight)
-        return self._run("layernorm_linear", (*linear.weight.shape, gelu), tensors, rows, few, args)
+        args = (hidden_states, moments, linear, activation, rotation)
+        rows, few = hidden_states.numel() // K, lambda: (hidden_states.view(-1, K)[:1], moments[:1], *args[2:])
+        dims = (*linear.weight.shape, ACTIVATIONS.index(activation))
+        return self._run("layernorm_linear", dims, (hidden_states, linear.weight), rows, few, args)
 
     def attention(self, qkv):
         B, *dims = qkv.shape[:2] + qkv.shape[3:]
@@ -71,10 +71,10 @@ class Backend:
         tensors = (x,) if residual is None else (x, residual)
         return self._run("linear_residual", dims, tensors, x.numel() // K, few, (x, linear, residual))
 
-    def layernorm(self, hidden_states, moments, norm):
+    def layernorm(self, hidden_states, moments, norm, rows):
         D = hidden_states.shape[-1]
-        rows, few = hidden_states.numel() // D, lambda: (hidden_states.view(-1, D)[:1], moments[:1], norm)
-        return self._run("layernorm", (D,), (hidden_states,), rows, few, (hidden_states, moments, norm))
+        count, few = hidden_states.numel() // D, lambda: (hidden_states.view(-1, D)[:1], moments[:1], norm, None)
+        return self._run("layernorm", (D,), (hidden_states,), count, few, (hidden_states, moments, norm, rows))
 
     def attention_pool(self, hidden_states, pool):
         B, N, D = hidden_states.shape

@@ -36,9 +36,9 @@ def patch_embed(pixel_values, patch, position):
     return residual_epilogue(out[None], None, None, position.dtype)
 
 
-def layernorm_linear(hidden_states, moments, linear, gelu):
-    if not (gelu and hidden_states.is_cuda):
-        return plain.layernorm_linear(hidden_states, moments, linear, gelu)
+def layernorm_linear(hidden_states, moments, linear, activation, rotation):
+    if not (activation == "tanh" and hidden_states.is_cuda):
+        return plain.layernorm_linear(hidden_states, moments, linear, activation, rotation)
     normed = F.layer_norm(hidden_states, hidden_states.shape[-1:], eps=linear.eps).flatten(0, -2)
     normed = normed.to(linear.weight.dtype)
     # The epilogue of cuBLASLt is GELU-tanh; on a CPU this function is GELU-erf.

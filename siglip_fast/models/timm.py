@@ -74,7 +74,7 @@ def view(tower: stock.VisionTransformer) -> SimpleNamespace:
         post_layernorm=tower.norm,
         use_head=pool is not None,
         head=None if pool is None else _head(pool),
-        exact_gelu=type(tower.blocks[0].mlp.act) in _EXACT_GELU,
+        activation="erf" if type(tower.blocks[0].mlp.act) in _EXACT_GELU else "tanh",
     )
 
 

@@ -147,7 +147,7 @@ def tower_weights(tower: Any, ops: Ops, dtype: torch.dtype | None = None) -> Tow
         post_layernorm=tower.post_layernorm and make.norm(tower.post_layernorm),
         head=make_pooled.head(tower.head) if getattr(tower, "use_head", False) else None,
         num_heads=tower.encoder.layers[0].self_attn.num_heads,
-        exact_gelu=getattr(tower, "exact_gelu", False),
+        activation=getattr(tower, "activation", "tanh"),
     )
 
 

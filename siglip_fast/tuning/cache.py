@@ -32,7 +32,7 @@ MODES = ("off", "cached", "auto")
 class Operation(NamedTuple):
     """An operation of `siglip_fast.ops` on a fixed shape: what a table is about.
 
-    dims: patch_embed (D, K, patch_size, tokens); layernorm_linear (out, in, gelu); attention (tokens, heads, head_dim);
+    dims: patch_embed (D, K, patch_size, tokens); layernorm_linear (out, in, activation); attention (tokens, heads, head_dim);
     linear_residual (out, in, with residual); layernorm (D); attention_pool (tokens, D, heads). dtype: where its tensors
     are of several, their names, which nobody tunes for.
     """

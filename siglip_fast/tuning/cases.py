@@ -10,8 +10,11 @@ from torch.utils._pytree import tree_leaves, tree_map
 from transformers import SiglipVisionConfig
 
 from ..backends import torch as plain
+from ..backends.torch import ACTIVATIONS
 from ..ops import Linear, Norm, NormedLinear, PatchEmbedding, Pool
 from .cache import Operation, bucket
+
+PLAIN, TANH = (ACTIVATIONS.index(activation) for activation in (None, "tanh"))
 
 
 class Case(NamedTuple):
@@ -29,9 +32,9 @@ def cases(config: SiglipVisionConfig, tokens: int, dtype: torch.dtype, batch_siz
     D, F, H, p = config.hidden_size, config.intermediate_size, config.num_attention_heads, config.patch_size
     N = tokens
     of_tokens = [
-        ("layernorm_linear", (F, D, True)),
+        ("layernorm_linear", (F, D, TANH)),
         ("linear_residual", (D, F, True)),
-        ("layernorm_linear", (3 * D, D, False)),
+        ("layernorm_linear", (3 * D, D, PLAIN)),
         ("linear_residual", (D, D, True)),
         ("patch_embed", (D, config.num_channels * p * p, p, N)),
         ("layernorm", (D,)),
@@ -41,7 +44,7 @@ def cases(config: SiglipVisionConfig, tokens: int, dtype: torch.dtype, batch_siz
         of_images += [
             ("attention_pool", (N, D, H)),
             ("linear_residual", (D, D, False)),
-            ("layernorm_linear", (F, D, True)),
+            ("layernorm_linear", (F, D, TANH)),
             ("linear_residual", (D, F, True)),
         ]
     found: dict[tuple[Operation, int], Case] = {}
@@ -105,11 +108,11 @@ def inputs(case: Case, device: torch.device) -> tuple:
         pixels = randn(rows // N, K // (p * p), height * p, width * p)
         return pixels, PatchEmbedding(*linear(D, K), p), randn(N, D)
     if name == "layernorm_linear":
-        out, K, gelu = dims
+        out, K, activation = dims
         x = _outliers(randn(rows, K))
         weight, bias = linear(out, K)
         normed = NormedLinear(weight, weight.float().sum(1), bias.float(), 1e-6)
-        return x, row_moments(x), normed, gelu
+        return x, row_moments(x), normed, ACTIVATIONS[activation], None
     if name == "attention":
         N, H, d = dims
         qkv = randn(rows, N, 3, H, d)
@@ -122,7 +125,7 @@ def inputs(case: Case, device: torch.device) -> tuple:
         return randn(rows, K), Linear(*linear(out, K)), _outliers(randn(rows, out)) if with_residual else None
     if name == "layernorm":
         x = _outliers(randn(rows, *dims))
-        return x, row_moments(x), Norm(randn(*dims), randn(*dims), 1e-6)
+        return x, row_moments(x), Norm(randn(*dims), randn(*dims), 1e-6), None
     N, D, H = dims
     scores = torch.randn((H, D), device=device, generator=generator) * D**-0.5
     return randn(rows, N, D), Pool(scores, Linear(*linear(D, D)))

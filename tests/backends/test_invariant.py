@@ -84,7 +84,7 @@ class Case:
             return [ops.layernorm(hidden, moments, norm)]
         if name in ("qkv", "fc1"):
             folded = self.folded(3 * D if name == "qkv" else 2 * D)
-            return [ops.layernorm_linear(hidden, moments, folded, gelu=name == "fc1")]
+            return [ops.layernorm_linear(hidden, moments, folded, "tanh" if name == "fc1" else None)]
         x, linear = (self.wide, self.linear(D, F)) if name == "fc2" else (self.narrow, self.linear(D, D))
         return ops.linear_residual(x[images], linear, None if self.name == "head_out_proj" else hidden)
 
