@@ -24,15 +24,14 @@ logger = logging.getLogger("siglip_fast")
 _FAST = {
     "transformers.models.siglip.modeling_siglip.SiglipVisionModel": "siglip",
     "transformers.models.siglip.modeling_siglip.SiglipVisionTransformer": "siglip",  # until transformers 5.6
+    "transformers.models.siglip2.modeling_siglip2.Siglip2VisionModel": "siglip2",
+    "transformers.models.siglip2.modeling_siglip2.Siglip2VisionTransformer": "siglip2",  # until transformers 5.6
     "transformers.models.idefics3.modeling_idefics3.Idefics3VisionTransformer": "idefics",
     "transformers.models.smolvlm.modeling_smolvlm.SmolVLMVisionTransformer": "idefics",
     "timm.models.vision_transformer.VisionTransformer": "timm",
 }
-_NAFLEX = "its NaFlex images have masks, and positions resized for each (not supported yet)"
 _NOT_YET = "the same layers as SigLIP's, but not supported yet"
 _LEFT_ALONE = {
-    "transformers.models.siglip2.modeling_siglip2.Siglip2VisionModel": _NAFLEX,
-    "transformers.models.siglip2.modeling_siglip2.Siglip2VisionTransformer": _NAFLEX,
     "transformers.models.idefics2.modeling_idefics2.Idefics2VisionTransformer": _NOT_YET,
     "transformers.models.phi4_multimodal.modeling_phi4_multimodal.Phi4MultimodalVisionModel": _NOT_YET,
 }

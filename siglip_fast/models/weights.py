@@ -13,7 +13,17 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from ..backends.select import is_capturing
-from ..forward import HeadWeights, LayerWeights, Outputs, TowerWeights, forward, forward_in_autocast
+from ..forward import (
+    HeadWeights,
+    LayerWeights,
+    Outputs,
+    PackedOutputs,
+    Packing,
+    TowerWeights,
+    forward,
+    forward_in_autocast,
+    forward_packed,
+)
 from ..ops import Linear, Norm, NormedLinear, Ops, PatchEmbedding, Pool
 from ..running.graphs import Graphs
 from ..running.uint8 import Normalization
@@ -45,6 +55,7 @@ class Derived:
         self.graphs: Graphs | None = None  # CUDA graphs that read them
         self._uint8: dict[Normalization, TowerWeights] = {}
         self._plans: dict[tuple, Any] = {}  # `siglip_fast.running.plans.Plans`
+        self._kept: dict[Callable, Any] = {}  # what else is derived from the tower, and goes with its weights
         self._reason: str | None = None
         self.is_new = True  # no forward has run on them
         self.is_trusted = False  # the last call that looked found no reason against them
@@ -84,6 +95,18 @@ class Derived:
                     self._plans[normalization, head] = planned
                 return planned(pixel_values, position)
         return self.forward(self.ops, self._weights(normalization, head), pixel_values, position, collect)
+
+    def run_packed(
+        self, pixel_rows: Tensor, packing: Packing, collect: Callable[[Tensor], None] | None = None
+    ) -> PackedOutputs:
+        """`siglip_fast.forward.forward_packed` on these weights."""
+        return forward_packed(self.ops, self.weights, pixel_rows, packing, collect)
+
+    def kept(self, make: Callable[..., Any], *args: Any) -> Any:
+        """`make(*args)`, made once for these weights."""
+        if make not in self._kept:
+            self._kept[make] = make(*args)
+        return self._kept[make]
 
     def _weights(self, normalization: Normalization | None, head: bool) -> TowerWeights:
         weights = self.for_uint8(normalization) if normalization else self.weights
@@ -139,7 +162,9 @@ def tower_weights(tower: Any, ops: Ops, dtype: torch.dtype | None = None) -> Tow
     """Those of a tower, or a view of one, that has the names of transformers' SigLIP; in its parameters' dtype or `dtype`."""
     conv = tower.embeddings.patch_embedding
     dtype = dtype or conv.weight.dtype
-    make, make_pooled = (Maker(ops, dtype, tokens) for tokens in (tower.embeddings.num_patches, 1))
+    # Rows of patches are of images of any size: nothing is packed for one number of tokens.
+    tokens = 1 if isinstance(conv, nn.Linear) else tower.embeddings.num_patches
+    make, make_pooled = (Maker(ops, dtype, tokens) for tokens in (tokens, 1))
     patch = PatchEmbedding(make.plain(conv.weight).flatten(1), make.plain(conv.bias), tower.embeddings.patch_size)
     return TowerWeights(
         patch=make.pack(patch),

@@ -1,0 +1,76 @@
+"""Towers whose images may have any size: their rows are packed, and the forward goes by a plan of the call.
+
+A class of this kind reads the sizes of a call's images, which may be on the device, once (`_read`), and makes of them the
+plan (`_pack`), by which the fused forward runs (`siglip_fast.forward.forward_packed`).
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..backends.select import is_capturing
+from ..forward import PackedOutputs
+from ..running.packing import TILE_ROWS
+from .base import Fused
+from .outputs import HiddenStates, asked_for
+from .reasons import attention_reasons, autocast_dtype, keyword_reasons
+from .weights import Derived
+
+
+class Packed(Fused):
+    """What such towers have in common, beside what all have."""
+
+    returns_hidden_states = True  # whether stock's forward does, when asked
+
+    def why_not(self, pixel_values: Tensor, *args, **kwargs) -> str | None:
+        """As of all towers; also what the sizes of the images speak against, which are read for it."""
+        reason = super().why_not(pixel_values, *args, **kwargs)
+        sizes = None if reason else self._read(pixel_values, *args, **kwargs)
+        return sizes if isinstance(sizes, str) else reason
+
+    def _read(self, pixel_values: Tensor, *args, **kwargs) -> Any:
+        """The sizes of the images, or the reason why stock's code has to run on such. It may wait for the device."""
+        raise NotImplementedError
+
+    def _route_sizes(self, pixel_values: Tensor, *args, **kwargs) -> tuple[Derived | None, str | None, Any]:
+        """As `_route`, and the sizes."""
+        derived, reason = self._route(pixel_values, *args, **kwargs)
+        sizes = self._read(pixel_values, *args, **kwargs) if reason is None else None
+        return (derived, sizes, None) if isinstance(sizes, str) else (derived, reason, sizes)
+
+    def _call_reasons(self, pixel_values: Tensor, *args, **kwargs) -> Iterator[str]:
+        yield from super()._call_reasons(pixel_values, *args, **kwargs)
+        if torch.compiler.is_compiling():
+            yield "torch.compile traces"
+        elif is_capturing(pixel_values):
+            yield "the sizes of images cannot be read inside a CUDA graph"
+        if dtype := autocast_dtype(pixel_values.device):
+            yield f"autocast to {dtype} is active, on images of any size"
+
+    def _setting_reasons(self, kwargs: dict[str, Any], known: tuple[str, ...] = ()) -> Iterator[str]:
+        """Those that lie in keyword arguments and in the config."""
+        yield from keyword_reasons(self.config, kwargs, ignored=known)
+        if not self.returns_hidden_states and asked_for("output_hidden_states", self.config, kwargs):
+            yield "output_hidden_states was asked for"
+        yield from attention_reasons(self._tower)
+
+    def _tile_rows(self, derived: Derived) -> tuple[int, ...]:
+        """Of the tiles that attention's schedule is for."""
+        return TILE_ROWS if derived.ops.backend == "triton" else ()
+
+    def _hidden_states(self, kwargs: dict[str, Any], layers: int) -> HiddenStates | None:
+        """What collects them, where they were asked for."""
+        asked = asked_for("output_hidden_states", self.config, kwargs)
+        return HiddenStates(asked, layers + 1) if asked else None
+
+
+def in_order_of(parts: list[PackedOutputs]) -> PackedOutputs:
+    """One after the other."""
+    hidden, pooled, features = zip(*parts, strict=True)
+    return PackedOutputs(
+        torch.cat(hidden),
+        None if pooled[0] is None else torch.cat(pooled),
+        [torch.cat(own) for own in zip(*features, strict=True)],
+    )
