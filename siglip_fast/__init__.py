@@ -6,7 +6,9 @@ import importlib
 __version__ = "0.1.0"
 
 _SWAP = ("apply_to", "restore", "towers", "register", "unregister")
-_HOMES = {"SiglipVisionModel": "models.siglip"} | dict.fromkeys(_SWAP, "models.swap")
+_HOMES = {"SiglipVisionModel": "models.siglip", "Siglip2VisionModel": "models.siglip2"} | dict.fromkeys(
+    _SWAP, "models.swap"
+)
 __all__ = [*_HOMES]
 
 

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from ..backends.select import is_capturing
-from ..forward import PackedOutputs
 from ..running.packing import TILE_ROWS
 from .base import Fused
 from .outputs import HiddenStates, asked_for
@@ -64,13 +63,3 @@ class Packed(Fused):
         """What collects them, where they were asked for."""
         asked = asked_for("output_hidden_states", self.config, kwargs)
         return HiddenStates(asked, layers + 1) if asked else None
-
-
-def in_order_of(parts: list[PackedOutputs]) -> PackedOutputs:
-    """One after the other."""
-    hidden, pooled, features = zip(*parts, strict=True)
-    return PackedOutputs(
-        torch.cat(hidden),
-        None if pooled[0] is None else torch.cat(pooled),
-        [torch.cat(own) for own in zip(*features, strict=True)],
-    )

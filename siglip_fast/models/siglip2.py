@@ -5,7 +5,7 @@ are outputs too, and all of an image are equal, since they have the same pixels 
 image, which attends to the image and which nothing attends to, gives them all.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,7 +16,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.siglip2 import modeling_siglip2
 from transformers.models.siglip2.configuration_siglip2 import Siglip2VisionConfig
 
-from ..forward import Packing
+from ..forward import Outputs, Packing
 from ..ops import Position
 from ..running.packing import Upload, add_segments, ranges
 from .anatomy import of_transformers
@@ -106,18 +106,28 @@ class Siglip2Tower(Packed):
     def _fused(
         self, derived: Derived, pixel_values: Tensor, sizes: Sizes, kwargs: dict[str, Any]
     ) -> BaseModelOutputWithPooling | tuple[Tensor, ...]:
+        B, N, _ = pixel_values.shape
+        at_once = derived.ops.images_at_once(pixel_values.device, N) or B
+        parts = []
+        for i in range(0, B, at_once):
+            shapes = sizes.shapes[i : i + at_once]
+            kept = self._hidden_states(kwargs, self.config.num_hidden_layers)
+            outputs = self._run(derived, pixel_values[i : i + at_once], Sizes(shapes, N), kept and kept.collect)
+            parts.append((*outputs, kept and tuple(kept.kept)))
+        return in_asked_form(BaseModelOutputWithPooling(*map(_joined, zip(*parts, strict=True))), self.config, kwargs)
+
+    def _run(
+        self, derived: Derived, pixel_values: Tensor, sizes: Sizes, collect: Callable[[Tensor], None] | None
+    ) -> Outputs:
         B, N, K = pixel_values.shape
-        kept = self._hidden_states(kwargs, self.config.num_hidden_layers)
         packing = self._pack(derived, sizes)
         rows = packing.out_rows
 
-        def collect(x: Tensor) -> None:
-            kept.collect(x.view(B, N, -1) if rows is None else x.index_select(0, rows).view(B, N, -1))
+        def padded(x: Tensor) -> None:
+            collect((x if rows is None else x.index_select(0, rows)).view(B, N, -1))
 
-        outputs = derived.run_packed(pixel_values.view(B * N, K), packing, kept and collect)
-        hidden = outputs.last_hidden_state.view(B, N, -1)
-        output = BaseModelOutputWithPooling(hidden, outputs.pooler_output, kept and tuple(kept.kept))
-        return in_asked_form(output, self.config, kwargs)
+        outputs = derived.run_packed(pixel_values.reshape(B * N, K), packing, collect and padded)
+        return outputs.last_hidden_state.view(B, N, -1), outputs.pooler_output
 
     def _pack(self, derived: Derived, sizes: Sizes) -> Packing:
         N, lengths, device = sizes.padded_to, sizes.lengths, self._patch_weight().device
@@ -148,6 +158,13 @@ class Siglip2Tower(Packed):
             out_rows=None if is_whole else out_rows(),
             images=images(),
         )
+
+
+def _joined(parts: tuple) -> Any:
+    """Tensors `[B, …]`, tuples of such, or Nones, of some images and then others."""
+    if len(parts) == 1 or parts[0] is None:
+        return parts[0]
+    return torch.cat(parts) if isinstance(parts[0], Tensor) else tuple(map(_joined, zip(*parts, strict=True)))
 
 
 class Siglip2VisionModel(Siglip2Tower, transformers.Siglip2VisionModel):

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from torch import nn
-from transformers import AutoModel, SiglipVisionConfig
+from transformers import AutoModel, Siglip2VisionConfig, SiglipVisionConfig
 
 from .base import Fused, checked_backend, checked_batch_invariant, stock_class
 
@@ -111,8 +111,8 @@ def restore(model: nn.Module) -> nn.Module:
 def register() -> None:
     """From now on, transformers builds fast towers where it looks a tower's class up.
 
-    That is `AutoModel.from_config` with a SiglipVisionConfig, by which PaliGemma, Gemma 3, the LLaVAs and others build
-    theirs; and, by its own patch mapping (transformers ≥ 5.3), `from_pretrained` and `from_config` of models that
+    That is `AutoModel.from_config` with a SiglipVisionConfig or Siglip2VisionConfig, by which PaliGemma, Gemma 3, the
+    LLaVAs, LFM2-VL and others build theirs; and, by its own patch mapping (transformers ≥ 5.3), `from_pretrained` and `from_config` of models that
     name the class, such as SiglipModel (≥ 5.6). Models built before, or by calling a class, stay as they are.
 
     The patch mapping knows names only: remote code's own class called SiglipVisionModel is replaced, too. And it puts
@@ -120,17 +120,20 @@ def register() -> None:
     """
     from .idefics import Idefics3VisionTransformer, SmolVLMVisionTransformer
     from .siglip import SiglipVisionModel
+    from .siglip2 import Siglip2VisionModel
 
+    built_by_auto = {SiglipVisionConfig: SiglipVisionModel, Siglip2VisionConfig: Siglip2VisionModel}
     # Anchored, because the names are taken for patterns: SiglipVisionModelOutput begins so, too.
-    fast = (SiglipVisionModel, Idefics3VisionTransformer, SmolVLMVisionTransformer)
+    fast = (*built_by_auto.values(), Idefics3VisionTransformer, SmolVLMVisionTransformer)
     patches = {f"^{cls.__name__}$": cls for cls in fast}
     with _lock:
         unregister()
         patching = _monkey_patching()
         by_config = AutoModel._model_mapping._extra_content
-        before = by_config.get(SiglipVisionConfig)
-        AutoModel.register(SiglipVisionConfig, SiglipVisionModel, exist_ok=True)
-        _undo.callback(_unmap, by_config, SiglipVisionModel, before)
+        for config, ours in built_by_auto.items():
+            before = by_config.get(config)
+            AutoModel.register(config, ours, exist_ok=True)
+            _undo.callback(_unmap, by_config, config, ours, before)
         if patching:
             earlier = patching.get_patch_mapping()
             patching.register_patch_mapping(patches, overwrite=True)
@@ -147,13 +150,13 @@ _undo = contextlib.ExitStack()
 _lock = threading.RLock()
 
 
-def _unmap(by_config: dict[type, type], ours: type, before: type | None) -> None:
-    if by_config.get(SiglipVisionConfig) is not ours:
+def _unmap(by_config: dict[type, type], config: type, ours: type, before: type | None) -> None:
+    if by_config.get(config) is not ours:
         return
     if before is None:
-        del by_config[SiglipVisionConfig]
+        del by_config[config]
     else:
-        by_config[SiglipVisionConfig] = before
+        by_config[config] = before
 
 
 def _unpatch(patching: types.ModuleType, patches: dict[str, type], earlier: dict[str, type]) -> None:

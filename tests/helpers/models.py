@@ -6,9 +6,9 @@ import platform
 import torch
 import transformers
 from torch import nn
-from transformers import SiglipVisionConfig
+from transformers import PretrainedConfig
 
-from siglip_fast import SiglipVisionModel
+import siglip_fast
 
 ONEDNN = platform.machine() in ("x86_64", "AMD64") and torch.backends.mkldnn.is_available()
 TINY = {
@@ -21,11 +21,13 @@ TINY = {
 }
 
 
-def stock_model(config: SiglipVisionConfig, attn_implementation: str = "eager") -> nn.Module:
+def stock_model(
+    config: PretrainedConfig, attn_implementation: str = "eager", architecture: str = "SiglipVisionModel"
+) -> nn.Module:
     """transformers' model with weights that leave nothing at its neutral value."""
     torch.manual_seed(0)
     config = copy.deepcopy(config)
-    model = transformers.SiglipVisionModel._from_config(config, attn_implementation=attn_implementation)
+    model = getattr(transformers, architecture)._from_config(config, attn_implementation=attn_implementation)
     for name, parameter in model.named_parameters():
         if "norm" in name and name.endswith("weight"):
             nn.init.normal_(parameter, 1, 0.4)
@@ -34,10 +36,10 @@ def stock_model(config: SiglipVisionConfig, attn_implementation: str = "eager") 
     return model.eval()
 
 
-def drop_in(stock: nn.Module, **kwargs) -> SiglipVisionModel:
+def drop_in(stock: nn.Module, **kwargs) -> nn.Module:
     config = copy.deepcopy(stock.config)
     config._attn_implementation = "sdpa"
-    model = SiglipVisionModel(config, **kwargs)
+    model = getattr(siglip_fast, type(stock).__name__)(config, **kwargs)
     model.load_state_dict(stock.state_dict())
     parameter = next(stock.parameters())
     return model.to(parameter.device, parameter.dtype).eval()

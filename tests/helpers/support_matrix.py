@@ -24,7 +24,7 @@ in an environment with the transformers version of the column, checked by `tests
 
 - **fused**: the tower ran on the fused operations, every layer of it; behind it the largest relative error of any
   tensor of the model's output against stock's. Where `register()` is said too, `from_pretrained` builds the tower fast
-  after `siglip_fast.register()` (AutoModel's, for SiglipVisionModel); where it is not, the model needs
+  after `siglip_fast.register()` (AutoModel's, for SiglipVisionModel and Siglip2VisionModel); where it is not, the model needs
   `siglip_fast.apply_to(model)`.
 - **delegated**: the tower is swapped and runs stock's code for these inputs.
 - **untouched**: the tower is left as it is.
@@ -60,7 +60,8 @@ def outcome(model: transformers.PreTrainedModel, inputs: zoo.Inputs) -> dict[str
 def is_registered(model: transformers.PreTrainedModel) -> bool:
     """Whether `from_pretrained` builds a fast tower after `siglip_fast.register()`."""
     # which class is called for is not a registration's to change
-    loader = transformers.AutoModel if type(model) is transformers.SiglipVisionModel else type(model)
+    named = (transformers.SiglipVisionModel, transformers.Siglip2VisionModel)
+    loader = transformers.AutoModel if type(model) in named else type(model)
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         siglip_fast.register()

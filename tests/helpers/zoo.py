@@ -109,7 +109,8 @@ def naflex(height: int = 3, width: int = 5) -> Inputs:
     mask = torch.ones(2, 16, dtype=torch.int64)
     mask[1, height * width :] = 0
     shapes = torch.tensor([[4, 4], [height, width]])
-    return {"pixel_values": pixels(2).view(2, 16, 192), "pixel_attention_mask": mask, "spatial_shapes": shapes}
+    rows = pixels(2).view(2, 16, 192) * mask[..., None]
+    return {"pixel_values": rows, "pixel_attention_mask": mask, "spatial_shapes": shapes}
 
 
 SIGLIP2_VISION = {**SIZE, "patch_size": 8, "num_patches": 16}
@@ -340,7 +341,7 @@ def run(model: nn.Module, inputs: Inputs) -> dict[str, Tensor]:
 def fused_attentions() -> Iterator[list[str]]:
     """The backends of the fused attentions that run meanwhile: one a layer of every fused forward."""
     calls, attention = [], Ops.attention
-    Ops.attention = lambda self, qkv: calls.append(self.backend) or attention(self, qkv)
+    Ops.attention = lambda self, *args: calls.append(self.backend) or attention(self, *args)
     try:
         yield calls
     finally:

@@ -20,8 +20,7 @@ from transformers import AutoModel
 import siglip_fast
 
 TOLERANCE = 1e-4  # relative, of any tensor of the output
-NAFLEX = {"siglip2_vision", "siglip2", "siglip2_classification", "lfm2_vl"}
-UNTOUCHED = NAFLEX | {"idefics2"}  # masks
+UNTOUCHED = {"idefics2"}
 DELEGATED = {"smolvlm_padded"}  # a patch mask with holes
 FUSED = [name for name in zoo.ZOO if name not in UNTOUCHED | DELEGATED]
 # Those that build the tower by AutoModel.from_config
@@ -247,12 +246,12 @@ with zoo.fused_attentions() as attentions:
             siglip_fast.apply_to(transformers.SiglipTextModel(config))
 
     def test_the_list_prints_a_line_a_tower(self):
-        model = nn.ModuleDict({"a": zoo.siglip_vision()[0], "b": zoo.siglip2_vision()[0]})
+        model = nn.ModuleDict({"a": zoo.siglip_vision()[0], "b": zoo.idefics2()[0]})
         apply_to = siglip_fast.apply_to(model["a"])
         name = type(siglip_fast.towers(apply_to)[0].module).__name__
         lines = repr(siglip_fast.towers(model)).splitlines()
         assert lines[0] == f"a: {name}, fast"
-        assert lines[1].startswith("b: Siglip2Vision") and "left alone: its NaFlex images" in lines[1]
+        assert lines[1].startswith("b.model.vision_model: Idefics2Vision") and "left alone: the same layers" in lines[1]
         assert len(lines) == 2 and str(siglip_fast.towers(nn.Linear(1, 1))) == "no SigLIP vision tower"
 
     def test_several_towers_and_one_that_cannot(self, attentions, caplog):
