@@ -15,6 +15,7 @@ from ..running.packing import TILE_ROWS
 from .base import Fused
 from .outputs import HiddenStates, asked_for
 from .reasons import attention_reasons, autocast_dtype, keyword_reasons
+from .traced import Traced
 from .weights import Derived
 
 
@@ -42,8 +43,10 @@ class Packed(Fused):
     def _call_reasons(self, pixel_values: Tensor, *args, **kwargs) -> Iterator[str]:
         yield from super()._call_reasons(pixel_values, *args, **kwargs)
         if torch.compiler.is_compiling():
-            yield "torch.compile traces"
-        elif is_capturing(pixel_values):
+            if not isinstance(self, Traced):
+                yield "torch.compile traces"
+            return  # what follows it cannot trace; autocast has been looked at
+        if is_capturing(pixel_values):
             yield "the sizes of images cannot be read inside a CUDA graph"
         if dtype := autocast_dtype(pixel_values.device):
             yield f"autocast to {dtype} is active, on images of any size"
@@ -51,8 +54,9 @@ class Packed(Fused):
     def _setting_reasons(self, kwargs: dict[str, Any], known: tuple[str, ...] = ()) -> Iterator[str]:
         """Those that lie in keyword arguments and in the config."""
         yield from keyword_reasons(self.config, kwargs, ignored=known)
-        if not self.returns_hidden_states and asked_for("output_hidden_states", self.config, kwargs):
-            yield "output_hidden_states was asked for"
+        if asked_for("output_hidden_states", self.config, kwargs):
+            if not self.returns_hidden_states or torch.compiler.is_compiling():
+                yield "output_hidden_states was asked for"
         yield from attention_reasons(self._tower)
 
     def _tile_rows(self, derived: Derived) -> tuple[int, ...]:

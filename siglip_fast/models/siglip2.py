@@ -19,10 +19,12 @@ from transformers.models.siglip2.configuration_siglip2 import Siglip2VisionConfi
 from ..forward import Outputs, Packing
 from ..ops import Position
 from ..running.packing import Upload, add_segments, ranges
+from ..running.traced import naflex_forward
 from .anatomy import of_transformers
 from .outputs import in_asked_form
 from .packed import Packed
 from .resized import ResizedPositions
+from .traced import Traced
 from .weights import Derived
 
 
@@ -37,7 +39,7 @@ class Sizes(NamedTuple):
         return np.array(self.shapes).prod(1)
 
 
-class Siglip2Tower(Packed):
+class Siglip2Tower(Traced, Packed):
     """What makes a SigLIP 2 NaFlex tower of transformers fast: mixed into the stock class, before it."""
 
     mask_name = "pixel_attention_mask"
@@ -55,13 +57,21 @@ class Siglip2Tower(Packed):
             TypeError: pixel_values are no tensor.
             RuntimeError: `strict` is set and the fused path does not apply, or the backend asked for cannot run here.
         """
-        if not torch.compiler.is_exporting():
-            derived, reason, sizes = self._route_sizes(pixel_values, pixel_attention_mask, spatial_shapes, **kwargs)
+        args = (pixel_values, pixel_attention_mask, spatial_shapes)
+        if torch.compiler.is_exporting():  # an exported program should not need this package
+            return super().forward(*args, **kwargs)
+        if torch.compiler.is_compiling():
+            _, reason = self._route(*args, **kwargs)
+            if reason is None:
+                return in_asked_form(BaseModelOutputWithPooling(*naflex_forward(self, *args)), self.config, kwargs)
+        else:
+            derived, reason, sizes = self._route_sizes(*args, **kwargs)
             if reason is None:
                 return self._fused(derived, pixel_values, sizes, kwargs)
-            self._delegate(reason)
-        kwargs |= {self.mask_name: pixel_attention_mask, "spatial_shapes": spatial_shapes}
-        return super().forward(pixel_values, **kwargs)
+        self._delegate(reason)
+        return super().forward(*args, **kwargs)
+
+    _own_forward = forward  # without what a subclass or a hook puts around it
 
     @property
     def _tower(self) -> nn.Module:

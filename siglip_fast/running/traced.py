@@ -64,6 +64,18 @@ def forward(model: Any, pixel_values: Tensor, interpolate_pos_encoding: bool) ->
     return last_hidden_state, pooler_output if head else None
 
 
+def naflex_forward(
+    model: Any, pixel_values: Tensor, mask: Tensor | None, spatial_shapes: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """The same of a model whose images have any size."""
+    tensors = [model._patch_weight(), *model.parameters(), *model.buffers()]
+    head = model._tower.use_head
+    last_hidden_state, pooler_output = naflex_tower(
+        pixel_values, mask, spatial_shapes, tensors, model._handle.tensor, head
+    )
+    return last_hidden_state, pooler_output if head else None
+
+
 @torch.compiler.assume_constant_result
 def tower_reason(handle: Tensor) -> str | None:
     """Why the model's tower would run as stock's, asked while its forward is traced.
@@ -82,12 +94,11 @@ def tower_reason(handle: Tensor) -> str | None:
     return model._current().reason(owner=model)
 
 
-@torch.library.custom_op(
-    "siglip_fast::vision_tower",
-    mutates_args=(),
-    # Replayed from a CUDA graph it would not look for edited weights.
-    tags=[torch.Tag.cudagraph_unsafe] if hasattr(torch.Tag, "cudagraph_unsafe") else [],
-)
+# Replayed from a CUDA graph they would not look for edited weights.
+_TAGS = [torch.Tag.cudagraph_unsafe] if hasattr(torch.Tag, "cudagraph_unsafe") else []
+
+
+@torch.library.custom_op("siglip_fast::vision_tower", mutates_args=(), tags=_TAGS)
 def vision_tower(
     pixel_values: Tensor, tensors: list[Tensor], handle: Tensor, interpolate_pos_encoding: bool, head: bool
 ) -> tuple[Tensor, Tensor]:
@@ -97,14 +108,7 @@ def vision_tower(
     parameters and buffers.
     Raises RuntimeError where the model is gone, and whatever the model's forward raises.
     """
-    number, renewed = divmod(handle.item(), 1 << 32)
-    model = _models.get(number)
-    if model is None:
-        raise RuntimeError("siglip_fast::vision_tower: the model that was compiled does not exist any more")
-    with torch.no_grad():
-        output = _run(model, renewed, pixel_values, tensors[1:], interpolate_pos_encoding)
-    pooled = output.pooler_output if head else pixel_values.new_empty(0, dtype=tensors[0].dtype)
-    return output.last_hidden_state.contiguous(), pooled.contiguous()
+    return _outputs(handle, tensors, head, pixel_values, interpolate_pos_encoding)
 
 
 @vision_tower.register_fake
@@ -117,9 +121,37 @@ def _(pixel_values, tensors, handle, interpolate_pos_encoding, head):
     return last_hidden_state, weight.new_empty((B, D) if head else (0,))
 
 
-def _run(model, renewed, pixel_values, given, interpolate_pos_encoding):
+@torch.library.custom_op("siglip_fast::naflex_tower", mutates_args=(), tags=_TAGS)
+def naflex_tower(
+    pixel_values: Tensor, mask: Tensor | None, spatial_shapes: Tensor, tensors: list[Tensor], handle: Tensor, head: bool
+) -> tuple[Tensor, Tensor]:
+    """`pixel_values [B, N, K]`, `mask [B, N]`, `spatial_shapes [B, 2]` → as `vision_tower`, which has the rest."""
+    return _outputs(handle, tensors, head, pixel_values, mask, spatial_shapes)
+
+
+@naflex_tower.register_fake
+def _(pixel_values, mask, spatial_shapes, tensors, handle, head):
+    weight = tensors[0]
+    D, K = weight.shape
+    check_shape("pixel_values", pixel_values, (None, None, K))
+    B, N, _ = pixel_values.shape
+    return weight.new_empty(B, N, D), weight.new_empty((B, D) if head else (0,))
+
+
+def _outputs(handle: Tensor, tensors: list[Tensor], head: bool, *args) -> tuple[Tensor, Tensor]:
+    """Those of the model's forward of `args`."""
+    number, renewed = divmod(handle.item(), 1 << 32)
+    model = _models.get(number)
+    if model is None:
+        raise RuntimeError("siglip_fast::vision_tower: the model that was compiled does not exist any more")
+    with torch.no_grad():
+        output = _run(model, renewed, tensors[1:], args)
+    pooled = output.pooler_output if head else tensors[0].new_empty(0)
+    return output.last_hidden_state.contiguous(), pooled.contiguous()
+
+
+def _run(model, renewed, given, args):
     """The model's output, computed with the tensors `given`."""
-    args = (pixel_values, interpolate_pos_encoding)
     if not _are_own(model, given):
         named = dict(model.named_parameters()) | dict(model.named_buffers())
         replaced = {f"model.{name}": tensor for name, tensor in zip(named, given, strict=True)}

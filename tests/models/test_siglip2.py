@@ -9,6 +9,7 @@ import transformers
 import zoo
 from models import drop_in, stock_model
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import Siglip2VisionConfig
 
 import siglip_fast
@@ -269,11 +270,50 @@ class TestDelegated:
         with torch.autocast("cpu", torch.bfloat16):
             assert "autocast" in drop_in(stock).why_not(**inputs)
 
+
+class TestCompiled:
+    @pytest.fixture(autouse=True)
+    def nothing_compiled_before(self):
+        torch._dynamo.reset()
+
+    @pytest.fixture
+    def graphs(self):
+        return CompileCounterWithBackend("eager")
+
     @torch.no_grad()
-    def test_compiled(self, stock, inputs):
-        """Stock's code, for now."""
-        ours = drop_in(stock)
-        assert_equal(torch.compile(ours, backend="eager")(**inputs), stock(**inputs))
+    def test_any_sizes_in_one_graph(self, stock, graphs):
+        """Whatever the sizes of images, their number and what they are padded to: one operation, traced once."""
+        compiled = torch.compile(drop_in(stock, strict=True), fullgraph=True, dynamic=True, backend=graphs)
+        for name in ("mixed", "63 to 65, in 66", "full, and of two", "of one size, padded"):
+            inputs = images(*SHAPES[name])
+            assert_equal(compiled(**inputs), stock(**inputs))
+        assert graphs.frame_count == 1
+        assert any("naflex_tower" in str(node.target) for node in graphs.graphs[0].graph.nodes)
+
+    @torch.no_grad()
+    def test_delegates_as_it_runs(self, stock, inputs, graphs):
+        compiled = torch.compile(drop_in(stock), fullgraph=True, backend=graphs)
+        assert_equal(compiled(**inputs), stock(**inputs))
+        with_holes(inputs)
+        assert_equal(compiled(**inputs), stock(**inputs))
+        assert graphs.frame_count == 1
+
+    @torch.no_grad()
+    def test_without_head_and_edited(self, inputs, graphs):
+        stock = stock_model(Siglip2VisionConfig(**TINY, vision_use_head=False), "sdpa", "Siglip2VisionModel")
+        ours = drop_in(stock, strict=True)
+        compiled = torch.compile(ours, fullgraph=True, backend=graphs)
+        for _ in range(2):
+            output = compiled(**inputs)
+            assert output.pooler_output is None
+            torch.testing.assert_close(output[0], stock(**inputs)[0], atol=1e-3, rtol=1e-3)
+            for model in (stock, ours):
+                getattr(model, "vision_model", model).post_layernorm.weight.mul_(3)
+
+    @torch.no_grad()
+    def test_stock_is_traced_for_hidden_states(self, stock, inputs):
+        ours = torch.compile(drop_in(stock), backend="eager")
+        assert_equal(ours(**inputs, output_hidden_states=True), stock(**inputs, output_hidden_states=True))
 
 
 class TestWaits:
