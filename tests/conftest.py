@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 from device import DEVICE, ON_GPU
-from tiers import is_for_gate
+from tiers import tier_of
 
 os.environ.pop("PYTEST_ADDOPTS", None)  # is for this pytest, not for those that tests start
 
@@ -21,8 +21,8 @@ with torch.device("meta"):
 def pytest_collection_modifyitems(items):
     for item in items:
         # On a GPU, and under ttsem, nothing is interpreted, and whoever runs there wants to see everything.
-        if not ON_GPU and is_for_gate(item.nodeid) and not item.get_closest_marker("slow"):
-            item.add_marker("gate")
+        if not ON_GPU and (tier := tier_of(item.nodeid)) and not item.get_closest_marker("slow"):
+            item.add_marker(tier)
 
 
 @pytest.hookimpl(wrapper=True)

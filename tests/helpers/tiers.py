@@ -1,4 +1,4 @@
-"""Which tests are too slow for every day: by file, a pattern of their names. They get the marker `gate`.
+"""Which tests are too slow for every day: by file, a pattern of their names. They get the marker `gate`, some `slow`.
 
 `pytest` leaves them out, `.ci/run` and `pytest -m gate` run them. Before they were set apart `pytest` took 477 s with two
 workers (docs/tests.md has the slowest and their seconds); what stays proves each operation and backend, the drop-in,
@@ -40,9 +40,19 @@ GATE = {
     "running/test_uint8.py": r"test_compiled\[(?!cpu\])",
 }
 
+# Too slow for the gate as well: real sizes in Triton's interpreter, which ttsem runs in bf16 in the gate.
+SLOW = {
+    "models/test_siglip.py": r"full_depth\[triton|on_triton\[(large|so400m)|real_width\[triton",
+    "kernels/test_layernorm_linear.py": r"fp(32|16)-triton-(giant|large)",
+    "kernels/test_linear_residual.py": r"fp(32|16)-triton-(giant|large)",
+}
 
-def is_for_gate(nodeid: str) -> bool:
-    """`nodeid` as pytest has it: tests/FOLDER/FILE.py::NAME."""
+
+def tier_of(nodeid: str) -> str | None:
+    """The marker of the test; `nodeid` as pytest has it: tests/FOLDER/FILE.py::NAME."""
     path, _, name = nodeid.partition("::")
-    pattern = GATE.get(path.removeprefix("tests/"))
-    return pattern is not None and re.search(pattern, name) is not None
+    for tier, patterns in (("slow", SLOW), ("gate", GATE)):
+        pattern = patterns.get(path.removeprefix("tests/"))
+        if pattern is not None and re.search(pattern, name):
+            return tier
+    return None
