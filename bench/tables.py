@@ -20,6 +20,7 @@ def markdown(results: list[dict], wrong: list[str], predicted: list[str], pictur
     """`predicted` is the section about the predictions, of bench/beside.py."""
     models = [r for r in results if r["kind"] == "model"]
     kernels = [r for r in results if r["kind"] == "kernel"]
+    packed = [r for r in results if r["kind"] == "packed"]
     lines = [_IMITATED] if results[0]["about"]["imitated"] else ["# Benchmark"]
     lines += ["", "Written by `python bench/report.py`, which bench/run_gpu.sh runs.", ""]
     for about in {r["about"]["measured"]: r["about"] for r in results}.values():  # of each session
@@ -29,12 +30,14 @@ def markdown(results: list[dict], wrong: list[str], predicted: list[str], pictur
         lines += ["", "## The whole model", "", _MODELS, *model_tables(models), *latency_tables(models)]
         lines += target_table(models)
         lines += ["", "## Agreement", "", _AGREEMENT, "", *errors(models)]
+    if packed:
+        lines += ["", "## Images of any size", "", _PACKED, *model_tables(packed), "", *errors(packed)]
     if kernels:
         lines += ["", "## The operations", "", _KERNELS, *kernel_tables(kernels)]
     lines += predicted
     for picture in pictures:
         lines += ["", f"![{picture.removesuffix('.png').replace('_', ' ')}]({picture})"]
-    if lacking := missing(models) + missing(kernels):
+    if lacking := missing(models) + missing(packed) + missing(kernels):
         lines += ["", "## Not there", "", *lacking]
     if results[0]["about"]["imitated"]:
         lines = [f"{text}, NONSENSE" if text.startswith("##") else text for text in lines]
@@ -55,6 +58,8 @@ cases."""
 _AGREEMENT = """\
 Relative error of pooler_output against stock eager in float32, of up to eight images of the batch, checked before the
 timing in the same run."""
+_PACKED = """\
+As above, of towers that take such; what each batch holds is in bench/packed_cases.py. On a CPU they have four layers."""
 _KERNELS = """\
 Median microseconds a call; in parentheses how many times faster siglip_fast is. TFLOP/s and GB/s (each argument and
 result moved once) are siglip_fast's. Results are checked against float64 before the timing. bench/test_kernels.py
