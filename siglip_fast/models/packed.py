@@ -5,7 +5,7 @@ plan (`_pack`), by which the fused forward runs (`siglip_fast.forward.forward_pa
 """
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -23,6 +23,8 @@ class Packed(Fused):
     """What such towers have in common, beside what all have."""
 
     returns_hidden_states = True  # whether stock's forward does, when asked
+    layers_at: ClassVar[tuple[str, ...]] = ("encoder", "layers")  # the names that lead to the layers, from the tower on
+    attention_name: ClassVar[str] = "self_attn"  # in a layer
 
     def why_not(self, pixel_values: Tensor, *args, **kwargs) -> str | None:
         """As of all towers; also what the sizes of the images speak against, which are read for it."""
@@ -54,7 +56,7 @@ class Packed(Fused):
         yield from keyword_reasons(self.config, kwargs, ignored=known)
         if not self.returns_hidden_states and asked_for("output_hidden_states", self.config, kwargs):
             yield "output_hidden_states was asked for"
-        yield from attention_reasons(self._tower)
+        yield from attention_reasons(self._tower, self.layers_at, self.attention_name)
 
     def _tile_rows(self, derived: Derived) -> tuple[int, ...]:
         """Of the tiles that attention's schedule is for."""

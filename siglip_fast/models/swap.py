@@ -29,6 +29,13 @@ _FAST = {
     "transformers.models.idefics3.modeling_idefics3.Idefics3VisionTransformer": "idefics",
     "transformers.models.smolvlm.modeling_smolvlm.SmolVLMVisionTransformer": "idefics",
     "timm.models.vision_transformer.VisionTransformer": "timm",
+    "transformers.models.qwen3_vl.modeling_qwen3_vl.Qwen3VLVisionModel": "qwen3_vl",
+    "transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe.Qwen3VLMoeVisionModel": "qwen3_vl",
+    "transformers.models.qwen3_5.modeling_qwen3_5.Qwen3_5VisionModel": "qwen3_vl",
+    "transformers.models.qwen3_5_moe.modeling_qwen3_5_moe.Qwen3_5MoeVisionModel": "qwen3_vl",
+    "transformers.models.qwen4_exp.modeling_qwen4_exp.Qwen4ExpVisionModel": "qwen3_vl",
+    "transformers.models.cohere_compass.modeling_cohere_compass.CohereCompassVisionModel": "qwen3_vl",
+    "transformers.models.qwen3_omni_moe.modeling_qwen3_omni_moe.Qwen3OmniMoeVisionEncoder": "qwen3_vl",
 }
 _NOT_YET = "the same layers as SigLIP's, but not supported yet"
 _LEFT_ALONE = {
