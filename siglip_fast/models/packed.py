@@ -4,7 +4,7 @@ A class of this kind reads the sizes of a call's images, which may be on the dev
 plan (`_pack`), by which the fused forward runs (`siglip_fast.forward.forward_packed`).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -68,8 +68,21 @@ class Packed(Fused):
         return HiddenStates(asked, layers + 1) if asked else None
 
 
+def together(lengths: Sequence[int], most: int | None) -> list[slice]:
+    """Images that are to run together, one after the other: of at most `most` rows, unless one has more; None: all."""
+    ends, rows = [0], 0
+    for i, length in enumerate(lengths):
+        if most and i and rows + length > most:
+            ends.append(i)
+            rows = 0
+        rows += length
+    return [slice(*ends) for ends in zip(ends, [*ends[1:], len(lengths)], strict=True)]
+
+
 def in_order_of(parts: list[PackedOutputs]) -> PackedOutputs:
     """One after the other."""
+    if len(parts) == 1:
+        return parts[0]
     hidden, pooled, features = zip(*parts, strict=True)
     return PackedOutputs(
         torch.cat(hidden),

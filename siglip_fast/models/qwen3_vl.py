@@ -24,7 +24,7 @@ from ..running.grids import Grid, bilinear, frames, places, read
 from ..running.packing import Upload, add_segments
 from .anatomy import Anatomy, Unsupported, check_head_dim, check_tensors, compare, compare_class, descendant, layer_view
 from .outputs import in_asked_form
-from .packed import Packed
+from .packed import Packed, in_order_of, together
 from .rotary import RotaryTable
 from .weights import Derived
 
@@ -109,18 +109,31 @@ class Qwen3VLTower(Packed):
     def _fused(
         self, derived: Derived, pixel_rows: Tensor, grids: list[Grid], kwargs: dict[str, Any]
     ) -> BaseModelOutputWithPooling | tuple[Tensor | list[Tensor], ...]:
-        kept = self._hidden_states(kwargs, len(self.blocks))
-        outputs = derived.run_packed(pixel_rows, self._pack(derived, grids), kept and kept.collect)
+        outputs, states = self._run(derived, pixel_rows, grids, kwargs)
         if self.output_class is None:
             return outputs.pooler_output, outputs.features
-        output = self._output(outputs)
-        if kept:
-            output["hidden_states"] = tuple(kept.kept)  # the last in the tuple form, as stock adds them to the others
+        features = {"deepstack_features": outputs.features} if _has_taps(self) else {}
+        output = self.output_class(outputs.last_hidden_state, outputs.pooler_output, **features)
+        if states:
+            output["hidden_states"] = states  # as stock adds them: behind all others in the tuple form
         return in_asked_form(output, self.config, kwargs)
 
-    def _output(self, outputs: PackedOutputs) -> BaseModelOutputWithPooling:
-        features = {"deepstack_features": outputs.features} if _has_taps(self) else {}
-        return self.output_class(outputs.last_hidden_state, outputs.pooler_output, **features)
+    def _run(
+        self, derived: Derived, pixel_rows: Tensor, grids: list[Grid], kwargs: dict[str, Any]
+    ) -> tuple[PackedOutputs, tuple[Tensor | None, ...]]:
+        """The outputs, and the hidden states, if they were asked for."""
+        lengths = [t * h * w for t, h, w in grids]
+        parts, states, begin = [], [], 0
+        for images in together(lengths, derived.ops.images_at_once(pixel_rows.device, tokens=1)):
+            end = begin + sum(lengths[images])
+            kept = self._hidden_states(kwargs, len(self.blocks))
+            packing = self._pack(derived, grids[images])
+            parts.append(derived.run_packed(pixel_rows[begin:end], packing, kept and kept.collect))
+            states.append(kept.kept if kept else ())
+            begin = end
+        return in_order_of(parts), tuple(
+            None if own[0] is None else torch.cat(own) for own in zip(*states, strict=True)
+        )
 
     def _pack(self, derived: Derived, grids: list[Grid]) -> Packing:
         place, upload = places(grids, self.spatial_merge_size), Upload()
