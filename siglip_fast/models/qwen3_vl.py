@@ -7,6 +7,7 @@ transformers, not all of which every version has.
 
 import copy
 import importlib
+import sys
 import types
 from collections.abc import Iterator
 from typing import Any, ClassVar
@@ -233,6 +234,12 @@ def _merger(merger: nn.Module) -> types.SimpleNamespace:
     if hasattr(merger, "ln_q"):  # Qwen3-Omni's names
         return types.SimpleNamespace(norm=merger.ln_q, fc1=merger.mlp[0], fc2=merger.mlp[2])
     return types.SimpleNamespace(norm=merger.norm, fc1=merger.linear_fc1, fc2=merger.linear_fc2)
+
+
+def installed() -> list[type[nn.Module]]:
+    """The fast classes of all towers that the installed transformers has."""
+    classes = (getattr(sys.modules[__name__], name, None) for name in MODULES)
+    return [cls for cls in classes if cls is not None]
 
 
 def __getattr__(name: str) -> type[nn.Module]:

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from torch import nn
-from transformers import AutoModel, SiglipVisionConfig
+from transformers import AutoModel
 
 from .base import Fused, checked_backend, checked_batch_invariant, stock_class
 
@@ -119,25 +119,30 @@ def register() -> None:
     """From now on, transformers builds fast towers where it looks a tower's class up.
 
     That is `AutoModel.from_config` with a SiglipVisionConfig, by which PaliGemma, Gemma 3, the LLaVAs and others build
-    theirs; and, by its own patch mapping (transformers ≥ 5.3), `from_pretrained` and `from_config` of models that
-    name the class, such as SiglipModel (≥ 5.6). Models built before, or by calling a class, stay as they are.
+    theirs, or with that of a tower like Qwen3-VL's (transformers ≥ 5.6); and, by its own patch mapping (≥ 5.3),
+    `from_pretrained` and `from_config` of models that name the class, such as SiglipModel (≥ 5.6) and Qwen3-VL's and
+    Qwen3-Omni's (before). Models built before, or by calling a class, stay as they are.
 
     The patch mapping knows names only: remote code's own class called SiglipVisionModel is replaced, too. And it puts
     classes into transformers' modules while a model is built, so models should be built one after the other.
     """
+    from . import qwen3_vl
     from .idefics import Idefics3VisionTransformer, SmolVLMVisionTransformer
     from .siglip import SiglipVisionModel
 
+    by_auto_model = (SiglipVisionModel, *qwen3_vl.installed())
     # Anchored, because the names are taken for patterns: SiglipVisionModelOutput begins so, too.
-    fast = (SiglipVisionModel, Idefics3VisionTransformer, SmolVLMVisionTransformer)
+    fast = (*by_auto_model, Idefics3VisionTransformer, SmolVLMVisionTransformer)
     patches = {f"^{cls.__name__}$": cls for cls in fast}
     with _lock:
         unregister()
         patching = _monkey_patching()
         by_config = AutoModel._model_mapping._extra_content
-        before = by_config.get(SiglipVisionConfig)
-        AutoModel.register(SiglipVisionConfig, SiglipVisionModel, exist_ok=True)
-        _undo.callback(_unmap, by_config, SiglipVisionModel, before)
+        for ours in by_auto_model:
+            if ours.config_class in AutoModel._model_mapping:
+                before = by_config.get(ours.config_class)
+                AutoModel.register(ours.config_class, ours, exist_ok=True)
+                _undo.callback(_unmap, by_config, ours, before)
         if patching:
             earlier = patching.get_patch_mapping()
             patching.register_patch_mapping(patches, overwrite=True)
@@ -155,12 +160,13 @@ _lock = threading.RLock()
 
 
 def _unmap(by_config: dict[type, type], ours: type, before: type | None) -> None:
-    if by_config.get(SiglipVisionConfig) is not ours:
+    config = ours.config_class
+    if by_config.get(config) is not ours:
         return
     if before is None:
-        del by_config[SiglipVisionConfig]
+        del by_config[config]
     else:
-        by_config[SiglipVisionConfig] = before
+        by_config[config] = before
 
 
 def _unpatch(patching: types.ModuleType, patches: dict[str, type], earlier: dict[str, type]) -> None:
