@@ -4,13 +4,14 @@ A class of this kind reads the sizes of a call's images, which may be on the dev
 plan (`_pack`), by which the fused forward runs (`siglip_fast.forward.forward_packed`).
 """
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from ..backends.select import is_capturing
+from ..forward import PackedOutputs
 from ..running.packing import TILE_ROWS
 from .base import Fused
 from .outputs import HiddenStates, asked_for
@@ -23,6 +24,8 @@ class Packed(Fused):
     """What such towers have in common, beside what all have."""
 
     returns_hidden_states = True  # whether stock's forward does, when asked
+    layers_at: ClassVar[tuple[str, ...]] = ("encoder", "layers")  # the names that lead to the layers, from the tower on
+    attention_name: ClassVar[str] = "self_attn"  # in a layer
 
     def why_not(self, pixel_values: Tensor, *args, **kwargs) -> str | None:
         """As of all towers; also what the sizes of the images speak against, which are read for it."""
@@ -57,7 +60,7 @@ class Packed(Fused):
         if asked_for("output_hidden_states", self.config, kwargs):
             if not self.returns_hidden_states or torch.compiler.is_compiling():
                 yield "output_hidden_states was asked for"
-        yield from attention_reasons(self._tower)
+        yield from attention_reasons(self._tower, self.layers_at, self.attention_name)
 
     def _tile_rows(self, derived: Derived) -> tuple[int, ...]:
         """Of the tiles that attention's schedule is for."""
@@ -67,3 +70,26 @@ class Packed(Fused):
         """What collects them, where they were asked for."""
         asked = asked_for("output_hidden_states", self.config, kwargs)
         return HiddenStates(asked, layers + 1) if asked else None
+
+
+def together(lengths: Sequence[int], most: int | None) -> list[slice]:
+    """Images that are to run together, one after the other: of at most `most` rows, unless one has more; None: all."""
+    ends, rows = [0], 0
+    for i, length in enumerate(lengths):
+        if most and i and rows + length > most:
+            ends.append(i)
+            rows = 0
+        rows += length
+    return [slice(*ends) for ends in zip(ends, [*ends[1:], len(lengths)], strict=True)]
+
+
+def in_order_of(parts: list[PackedOutputs]) -> PackedOutputs:
+    """One after the other."""
+    if len(parts) == 1:
+        return parts[0]
+    hidden, pooled, features = zip(*parts, strict=True)
+    return PackedOutputs(
+        torch.cat(hidden),
+        None if pooled[0] is None else torch.cat(pooled),
+        [torch.cat(own) for own in zip(*features, strict=True)],
+    )

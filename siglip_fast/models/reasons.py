@@ -89,10 +89,12 @@ def keyword_reasons(config: Any, kwargs: dict[str, Any], ignored: tuple[str, ...
         yield "return_dict is None, which means different things to different versions of transformers"
 
 
-def attention_reasons(tower: nn.Module) -> Iterator[str]:
+def attention_reasons(
+    tower: nn.Module, layers_at: tuple[str, ...] = ("encoder", "layers"), attention_name: str = "self_attn"
+) -> Iterator[str]:
     """Why the attention of transformers' encoder layers has to run as stock's: its implementation, or dropout."""
-    layers = descendant(tower, "encoder", "layers")
-    attentions = [layer._modules.get("self_attn") for layer in (() if layers is None else layers._modules.values())]
+    layers = descendant(tower, *layers_at)
+    attentions = [layer._modules.get(attention_name) for layer in (() if layers is None else layers._modules.values())]
     configs: list[Any] = []
     for module in attentions:
         if hasattr(module, "config") and not (configs and module.config is configs[-1]):  # mostly they share one

@@ -22,7 +22,7 @@ from ..running.packing import Upload, add_segments, ranges
 from ..running.traced import naflex_forward
 from .anatomy import of_transformers
 from .outputs import in_asked_form
-from .packed import Packed
+from .packed import Packed, together
 from .resized import ResizedPositions
 from .traced import Traced
 from .weights import Derived
@@ -116,13 +116,11 @@ class Siglip2Tower(Traced, Packed):
     def _fused(
         self, derived: Derived, pixel_values: Tensor, sizes: Sizes, kwargs: dict[str, Any]
     ) -> BaseModelOutputWithPooling | tuple[Tensor, ...]:
-        B, N, _ = pixel_values.shape
-        at_once = derived.ops.images_at_once(pixel_values.device, N) or B
         parts = []
-        for i in range(0, B, at_once):
-            shapes = sizes.shapes[i : i + at_once]
+        for images in together(sizes.lengths, derived.ops.images_at_once(pixel_values.device, tokens=1)):
+            some = sizes._replace(shapes=sizes.shapes[images])
             kept = self._hidden_states(kwargs, self.config.num_hidden_layers)
-            outputs = self._run(derived, pixel_values[i : i + at_once], Sizes(shapes, N), kept and kept.collect)
+            outputs = self._run(derived, pixel_values[images], some, kept and kept.collect)
             parts.append((*outputs, kept and tuple(kept.kept)))
         return in_asked_form(BaseModelOutputWithPooling(*map(_joined, zip(*parts, strict=True))), self.config, kwargs)
 

@@ -20,13 +20,14 @@ class Source:
     """What a tower was made of when this was: its modules, their settings, its parameters and buffers."""
 
     def __init__(self, tower: nn.Module, watched: Iterable[str], parameters: tuple[type, ...]):
-        """`watched` are the attributes of the tower itself that matter; of the modules below it all do.
+        """`watched` are the attributes of the tower itself that matter, lists by what is in them; of the modules below it
+        all do.
 
         `parameters` are the classes of parameters that are plain memory.
         """
         self.tower = tower
         self.tensors = [*tower.parameters(), *tower.buffers()]
-        self._root = [(name, vars(tower).get(name)) for name in watched]
+        self._root = [(name, _as_it_is(vars(tower).get(name))) for name in watched]
         self._modules = modules = [*tower.modules()]  # the tower first
         self._states = states = [vars(m) for m in modules]
         self._children = [dict(children) for children in map(_children, states)]
@@ -53,7 +54,7 @@ class Source:
         root = vars(self.tower)
         try:
             return (
-                all(root.get(name) is value for name, value in self._root)
+                all(_is_still(root.get(name), value) for name, value in self._root)
                 and all(map(is_, map(vars, self._modules), self._states))
                 and [*map(_children, self._states)] == self._children
                 and [*map(type, self._below)] == self._classes
@@ -132,6 +133,14 @@ class _Entries:
 def settings(module: nn.Module) -> dict[str, object]:
     """The plain public attributes, such as eps, scale, stride; not the mode."""
     return {k: v for k, v in vars(module).items() if not k.startswith("_") and k != "training"}
+
+
+def _as_it_is(value: object) -> object:
+    return [*value] if type(value) is list else value
+
+
+def _is_still(now: object, value: object) -> bool:
+    return now is value or (type(now) is type(value) is list and now == value)
 
 
 def _is_traced(tensor: Tensor | None, parameters: tuple[type, ...]) -> bool:

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from torch import nn
-from transformers import AutoModel, Siglip2VisionConfig, SiglipVisionConfig
+from transformers import AutoModel
 
 from .base import Fused, checked_backend, checked_batch_invariant, stock_class
 
@@ -29,6 +29,13 @@ _FAST = {
     "transformers.models.idefics3.modeling_idefics3.Idefics3VisionTransformer": "idefics",
     "transformers.models.smolvlm.modeling_smolvlm.SmolVLMVisionTransformer": "idefics",
     "timm.models.vision_transformer.VisionTransformer": "timm",
+    "transformers.models.qwen3_vl.modeling_qwen3_vl.Qwen3VLVisionModel": "qwen3_vl",
+    "transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe.Qwen3VLMoeVisionModel": "qwen3_vl",
+    "transformers.models.qwen3_5.modeling_qwen3_5.Qwen3_5VisionModel": "qwen3_vl",
+    "transformers.models.qwen3_5_moe.modeling_qwen3_5_moe.Qwen3_5MoeVisionModel": "qwen3_vl",
+    "transformers.models.qwen4_exp.modeling_qwen4_exp.Qwen4ExpVisionModel": "qwen3_vl",
+    "transformers.models.cohere_compass.modeling_cohere_compass.CohereCompassVisionModel": "qwen3_vl",
+    "transformers.models.qwen3_omni_moe.modeling_qwen3_omni_moe.Qwen3OmniMoeVisionEncoder": "qwen3_vl",
 }
 _NOT_YET = "the same layers as SigLIP's, but not supported yet"
 _LEFT_ALONE = {
@@ -111,29 +118,32 @@ def restore(model: nn.Module) -> nn.Module:
 def register() -> None:
     """From now on, transformers builds fast towers where it looks a tower's class up.
 
-    That is `AutoModel.from_config` with a SiglipVisionConfig or Siglip2VisionConfig, by which PaliGemma, Gemma 3, the
-    LLaVAs, LFM2-VL and others build theirs; and, by its own patch mapping (transformers ≥ 5.3), `from_pretrained` and `from_config` of models that
-    name the class, such as SiglipModel (≥ 5.6). Models built before, or by calling a class, stay as they are.
+    That is `AutoModel.from_config` with a SiglipVisionConfig or Siglip2VisionConfig, by which PaliGemma, Gemma 3, the LLaVAs,
+    LFM2-VL and others build theirs, or with that of a tower like Qwen3-VL's (transformers ≥ 5.6); and, by its own patch mapping (≥ 5.3),
+    `from_pretrained` and `from_config` of models that name the class, such as SiglipModel (≥ 5.6) and Qwen3-VL's and
+    Qwen3-Omni's (before). Models built before, or by calling a class, stay as they are.
 
     The patch mapping knows names only: remote code's own class called SiglipVisionModel is replaced, too. And it puts
     classes into transformers' modules while a model is built, so models should be built one after the other.
     """
+    from . import qwen3_vl
     from .idefics import Idefics3VisionTransformer, SmolVLMVisionTransformer
     from .siglip import SiglipVisionModel
     from .siglip2 import Siglip2VisionModel
 
-    built_by_auto = {SiglipVisionConfig: SiglipVisionModel, Siglip2VisionConfig: Siglip2VisionModel}
+    by_auto_model = (SiglipVisionModel, Siglip2VisionModel, *qwen3_vl.installed())
     # Anchored, because the names are taken for patterns: SiglipVisionModelOutput begins so, too.
-    fast = (*built_by_auto.values(), Idefics3VisionTransformer, SmolVLMVisionTransformer)
+    fast = (*by_auto_model, Idefics3VisionTransformer, SmolVLMVisionTransformer)
     patches = {f"^{cls.__name__}$": cls for cls in fast}
     with _lock:
         unregister()
         patching = _monkey_patching()
         by_config = AutoModel._model_mapping._extra_content
-        for config, ours in built_by_auto.items():
-            before = by_config.get(config)
-            AutoModel.register(config, ours, exist_ok=True)
-            _undo.callback(_unmap, by_config, config, ours, before)
+        for ours in by_auto_model:
+            if ours.config_class in AutoModel._model_mapping:
+                before = by_config.get(ours.config_class)
+                AutoModel.register(ours.config_class, ours, exist_ok=True)
+                _undo.callback(_unmap, by_config, ours, before)
         if patching:
             earlier = patching.get_patch_mapping()
             patching.register_patch_mapping(patches, overwrite=True)
@@ -150,7 +160,8 @@ _undo = contextlib.ExitStack()
 _lock = threading.RLock()
 
 
-def _unmap(by_config: dict[type, type], config: type, ours: type, before: type | None) -> None:
+def _unmap(by_config: dict[type, type], ours: type, before: type | None) -> None:
+    config = ours.config_class
     if by_config.get(config) is not ours:
         return
     if before is None:

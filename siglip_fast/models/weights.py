@@ -16,6 +16,7 @@ from ..backends.select import is_capturing
 from ..forward import (
     HeadWeights,
     LayerWeights,
+    MergerWeights,
     Outputs,
     PackedOutputs,
     Packing,
@@ -160,7 +161,7 @@ def _finish(weights: TowerWeights) -> None:
 
 def tower_weights(tower: Any, ops: Ops, dtype: torch.dtype | None = None) -> TowerWeights:
     """Those of a tower, or a view of one, that has the names of transformers' SigLIP; in its parameters' dtype or `dtype`."""
-    conv = tower.embeddings.patch_embedding
+    conv, rotates = tower.embeddings.patch_embedding, getattr(tower, "rotates", False)
     dtype = dtype or conv.weight.dtype
     # Rows of patches are of images of any size: nothing is packed for one number of tokens.
     tokens = 1 if isinstance(conv, nn.Linear) else tower.embeddings.num_patches
@@ -168,11 +169,13 @@ def tower_weights(tower: Any, ops: Ops, dtype: torch.dtype | None = None) -> Tow
     patch = PatchEmbedding(make.plain(conv.weight).flatten(1), make.plain(conv.bias), tower.embeddings.patch_size)
     return TowerWeights(
         patch=make.pack(patch),
-        layers=[make.layer(layer) for layer in tower.encoder.layers],
+        layers=[make.layer(layer, rotates) for layer in tower.encoder.layers],
         post_layernorm=tower.post_layernorm and make.norm(tower.post_layernorm),
         head=make_pooled.head(tower.head) if getattr(tower, "use_head", False) else None,
         num_heads=tower.encoder.layers[0].self_attn.num_heads,
         activation=getattr(tower, "activation", "tanh"),
+        merger=make.merger(tower.merger) if hasattr(tower, "merger") else None,
+        taps={layers: make.merger(merger) for layers, merger in getattr(tower, "taps", {}).items()},
     )
 
 
@@ -183,11 +186,12 @@ class Maker:
         self._dtype = dtype
         self.pack = functools.partial(ops.pack, tokens=tokens)
 
-    def layer(self, layer: nn.Module) -> LayerWeights:
+    def layer(self, layer: nn.Module, rotates: bool) -> LayerWeights:
         attention = layer.self_attn
-        projections = (attention.q_proj, attention.k_proj, attention.v_proj)
-        weight = torch.cat([p.weight for p in projections])
-        bias = torch.cat([p.bias for p in projections])
+        projections = [(p.weight, p.bias) for p in (attention.q_proj, attention.k_proj, attention.v_proj)]
+        if rotates:
+            projections[:2] = [[in_pairs(t, attention.num_heads) for t in own] for own in projections[:2]]
+        weight, bias = map(torch.cat, zip(*projections, strict=True))
         return LayerWeights(
             qkv=self.fold(layer.layer_norm1, weight, bias),
             out_proj=self.linear(attention.out_proj),
@@ -210,6 +214,12 @@ class Maker:
             fc2=self.linear(head.mlp.fc2),
         )
 
+    def merger(self, merger: Any) -> MergerWeights:
+        norm, fc1, fc2 = merger.norm, merger.fc1, self.linear(merger.fc2)
+        if norm.weight.shape[0] == fc1.weight.shape[1]:  # of the rows together
+            return MergerWeights(None, self.fold(norm, fc1.weight, fc1.bias), fc2)
+        return MergerWeights(self.norm(norm), self.linear(fc1), fc2)
+
     def linear(self, linear: nn.Linear) -> Linear:
         return self.pack(Linear(self.plain(linear.weight), self.plain(linear.bias)))
 
@@ -224,6 +234,12 @@ class Maker:
     def plain(self, parameter: Tensor) -> Tensor:
         """The parameter's own memory where it is as the kernels index it, else a copy."""
         return parameter.detach().resolve_neg().to(self._dtype).contiguous()
+
+
+def in_pairs(projection: Tensor, num_heads: int) -> Tensor:
+    """The rows of a projection's weight or bias such that channels i and i + d / 2 of a head, which a rotation turns
+    together, are neighbours (`siglip_fast.ops.Ops.layernorm_linear`). Scores of Q and K do not depend on their order."""
+    return projection.unflatten(0, (num_heads, 2, -1)).transpose(1, 2).flatten(0, 2)
 
 
 def fold(norm: nn.LayerNorm, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> NormedLinear:

@@ -1,0 +1,73 @@
+"""Images and videos on grids of patches: each row's place, and what resizing a learned table of positions takes.
+
+Numbers on the host, as everything that `siglip_fast.running.packing` uploads. `grids` has (frames, height, width) of each
+image or video, in patches; rows of all are behind one another, frame after frame.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+Grid = tuple[int, int, int]
+
+# By tensor, its version when it was read, and what was in it
+_read: "WeakTensorKeyDictionary" = WeakTensorKeyDictionary()
+
+
+def read(grid_thw: Tensor) -> list[Grid]:
+    """What is in an integer tensor `[B, 3]`. Of one that is on a device the host waits for it, once as long as the
+    tensor lives and is not edited; what torch does not count (edits through `.data` or DLPack) it does not see."""
+    if grid_thw.device.type == "cpu" or grid_thw.is_inference():
+        return [*map(tuple, grid_thw.tolist())]
+    return read_once(grid_thw)
+
+
+def read_once(grid_thw: Tensor) -> list[Grid]:
+    version, grids = _read.get(grid_thw, (None, None))
+    if version != grid_thw._version:
+        version, grids = grid_thw._version, [*map(tuple, grid_thw.tolist())]
+        _read[grid_thw] = version, grids
+    return grids
+
+
+def frames(grids: Sequence[Grid]) -> np.ndarray:
+    """`[S]`: rows of each frame, one frame after the other."""
+    t, h, w = np.array(grids).T
+    return np.repeat(h * w, t)
+
+
+def places(grids: Sequence[Grid], merge: int) -> np.ndarray:
+    """`[M, 2]`: row and column of each patch. Patches of a square of `merge` by `merge` are neighbours, row-major within
+    it, as the squares are within a frame."""
+    return np.concatenate([np.tile(_places_in_frame(h, w, merge), (t, 1)) for t, h, w in grids])
+
+
+def _places_in_frame(height: int, width: int, merge: int) -> np.ndarray:
+    row = np.arange(height).reshape(-1, 1, merge, 1)
+    column = np.arange(width).reshape(1, -1, 1, merge)
+    return np.stack(np.broadcast_arrays(row, column), -1).reshape(-1, 2)
+
+
+def bilinear(
+    places: np.ndarray, grids: Sequence[Grid], side: int, align_corners: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """What resizes a table of `side` by `side` positions to each grid: index `[M, 4]` into its rows, float32 weight `[M, 4]`.
+
+    As torch's F.interpolate (mode "bilinear"), and in the same float32 numbers as transformers'
+    `vision_utils.get_vision_interpolation_indices_and_weights`.
+    """
+    t, h, w = np.array(grids).T
+    sizes = np.repeat(np.stack([h, w], 1), t * h * w, axis=0).astype(np.float32)  # [M, 2]
+    at = places.astype(np.float32)
+    if align_corners:
+        at = at * np.float32(side - 1) / np.maximum(sizes - 1, 1)
+    else:
+        at = (at + np.float32(0.5)) * np.float32(side) / sizes - np.float32(0.5)
+    low = np.floor(at)[:, None]  # [M, 1, 2]
+    neighbours = low + np.array([0, 1], np.float32)[:, None]  # [M, 2, 2]
+    weight = np.maximum(1 - np.abs(at[:, None] - neighbours), 0)
+    tap = np.clip(neighbours, 0, side - 1).astype(np.int64)
+    index = tap[:, :, None, 0] * side + tap[:, None, :, 1]
+    return index.reshape(-1, 4), (weight[:, :, None, 0] * weight[:, None, :, 1]).reshape(-1, 4)
