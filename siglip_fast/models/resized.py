@@ -42,6 +42,8 @@ class ResizedPositions:
                 self._offsets[height, width] = sum(map(len, tables))
                 tables.append(_resized(self._embeddings, height, width))
             self._table = torch.cat(tables)
+        if self._table.is_cuda:  # the next forward may come on another stream, which would not wait for this one
+            torch.cuda.current_stream(self._table.device).synchronize()
 
 
 class _Nothing(nn.Module):
