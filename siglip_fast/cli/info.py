@@ -3,19 +3,22 @@
 import functools
 import platform
 from argparse import Namespace
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 
 from ..backends.select import load
 from ..errors import typed_line
+from ..feed.kinds import kind_of
 from ..feed.loading import load_model, pick_device, route
-from ..models.siglip import SiglipVisionModel
+from ..models.base import Fused
 from ..ops import Linear, NormedLinear, PatchEmbedding
 from ..tuning import cache
 from ..tuning.cache import LAUNCHES, Selection, version_of
-from ..tuning.cases import cases, inputs
+from ..tuning.cases import Case, cases, inputs
 from ..tuning.verify import Verifier
+from . import packed_checks
 
 
 def run(args: Namespace) -> int:
@@ -23,15 +26,14 @@ def run(args: Namespace) -> int:
     print(versions())
     print(machine(device))
     model = load_model(args, device, getattr(torch, args.dtype))
-    size = model.config.image_size
-    pixels = torch.zeros(1, model.config.num_channels, size, size, dtype=model.dtype, device=device)
+    example = {name: values.to(device) for name, values in kind_of(model.config).example().items()}
     with torch.inference_mode():
-        print(f"runs on: {route(model, pixels)}")
-        fused = model.why_not(pixels) is None
+        print(f"runs on: {route(model, example)}")
+        fused = model.why_not(**example) is None
     parameters = sum(p.numel() * p.element_size() for p in model.parameters())
     derived = f"{model.derived_bytes() / 1e6:.0f} MB"
     with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16):
-        if fused and model.dtype == torch.float32 and not model.why_not(pixels):  # which derives its own
+        if fused and model.dtype == torch.float32 and not model.why_not(**example):  # which derives its own
             derived += f", and inside torch.autocast to bfloat16 {model.derived_bytes() / 1e6:.0f} MB in all"
     print(f"parameters: {parameters / 1e6:.0f} MB; derived weights beside them: {derived}")
     if not fused:
@@ -40,32 +42,52 @@ def run(args: Namespace) -> int:
         return 0 if check_operations(model, device) else 1
 
 
-def check_operations(model: SiglipVisionModel, device: torch.device) -> bool:
-    """Prints, for each operation of a forward of one image, what runs it and whether its result is right here."""
-    config, backend = model.config, model.backend_for(device)
+def check_operations(model: Fused, device: torch.device) -> bool:
+    """Prints, for each operation of a small forward, what runs it and whether its result is right here."""
+    backend = model.backend_for(device)
     implementation = load(backend, Selection.load, model.batch_invariant)
     if backend == "triton":
         print(
             f"measured configurations: {'not used (batch invariant)' if model.batch_invariant else cache_state(device)}"
         )
         selection = implementation.selection(device)
-    print("operations, each checked against higher precision on made-up inputs:")
+    checks = checks_of(model)
+    print(f"operations{checks.remark}, each checked against higher precision on made-up inputs:")
     all_right = True
-    for case in cases(config, (config.image_size // config.patch_size) ** 2, model.dtype, [1]):
-        run = getattr(implementation, case.operation.name)
+    for case in checks.cases:
         try:
-            args = inputs(case, device)
-            args_as_run = packed(args, implementation, tokens=case.rows)  # of one image, or of the pooled one
+            run = getattr(implementation, case.operation.name)
+            args = checks.inputs(case, device)
+            args_as_run = packed(args, implementation, case.rows if checks.one_size else 1)
             wrong = Verifier(case, device, args)(functools.partial(run, *args_as_run))
         except Exception as error:  # a self-check tells of whatever fails
             wrong = typed_line(error)
         all_right &= wrong is None
         print(f"  {case}: {wrong or 'right'}")
-        if backend == "triton":
+        if backend == "triton" and case.operation.name not in packed_checks.UNTUNED:
             for launch in LAUNCHES:
                 choice = selection.choice(*case.operation, case.rows, launch)
                 print(f"    {launch}: {choice} ({selection.reason(case.operation, case.rows, launch)})")
     return all_right
+
+
+class Checks(NamedTuple):
+    """Of which operations, on what."""
+
+    cases: list[Case]
+    inputs: Callable[[Case, torch.device], tuple]
+    one_size: bool  # of images, for whose number of tokens weights may be packed
+    remark: str
+
+
+def checks_of(model: Fused) -> Checks:
+    """Those of a model's operations on one image, or on a mix of sizes where it takes any."""
+    config = model.config
+    if kind_of(config).keeps_aspect:
+        remark = f" on {packed_checks.IMAGES} images of {min(packed_checks.KEYS)} to {max(packed_checks.KEYS)} patches"
+        return Checks(packed_checks.cases(config, model.dtype), packed_checks.inputs, False, remark)
+    tokens = (config.image_size // config.patch_size) ** 2
+    return Checks(cases(config, tokens, model.dtype, [1]), inputs, True, "")
 
 
 def packed(args: tuple, implementation: Any, tokens: int) -> list:

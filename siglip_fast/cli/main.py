@@ -211,13 +211,15 @@ def _add_info(commands: argparse._SubParsersAction) -> None:
 
 
 def _add_model(group: argparse._MutuallyExclusiveGroup, random_weights: str | None) -> None:
-    group.add_argument("--model", metavar="DIR_OR_HUB_ID", help="a SigLIP checkpoint, with or without text tower")
+    group.add_argument(
+        "--model", metavar="DIR_OR_HUB_ID", help="a SigLIP or SigLIP 2 checkpoint, with or without text tower"
+    )
     default = f" (default: {random_weights})" if random_weights else ""
     group.add_argument(
         "--random-weights",
         default=random_weights,
         metavar="VARIANT",
-        help=f"an untrained model of a published shape, such as base-patch16-224; for trials only{default}",
+        help=f"an untrained model of a published shape, such as base-patch16-224 or base-patch16-naflex; for trials only{default}",
     )
 
 

@@ -16,7 +16,8 @@ import siglip_fast
 
 from ..errors import UserError, first_line
 from .images import decode_ahead, read_image
-from .loading import load_model, load_processor, pick_device, pixel_values, route
+from .kinds import Inputs, batch_of, inputs_of, kind_of
+from .loading import load_model, load_processor, pick_device, route
 
 Named = tuple[Any, str | bytes]  # an image's name, and its file or encoded bytes
 
@@ -31,7 +32,7 @@ class Encoder:
         config = self.model.config
         if args.pool == "head" and not getattr(config, "vision_use_head", True):
             raise UserError(f"{args.model} has no pooling head: use --pool mean")
-        self._processor = load_processor(args.model, config.image_size)
+        self._processor = load_processor(args.model, kind_of(config))
         self._pool, self._normalize = args.pool, args.normalize
         self.route = ""  # known from the first batch on
         versions = {module.__name__: module.__version__ for module in (siglip_fast, torch, transformers, PIL)}
@@ -53,40 +54,47 @@ class Encoder:
         Those that have no embedding are told to `skip(name, reason)`.
         """
 
-        def usable(decoded: Iterable[tuple[Any, Any]]) -> Iterator[tuple[Any, torch.Tensor]]:
+        def usable(decoded: Iterable[tuple[Any, Any]]) -> Iterator[tuple[Any, Inputs]]:
             for (name, _), result in decoded:
                 if isinstance(result, Exception):
                     skip(name, first_line(result))
                 else:
                     yield name, result
 
-        def decode(image: Named) -> torch.Tensor:
-            return pixel_values(self._processor, read_image(image[1]))
+        def decode(image: Named) -> Inputs:
+            return inputs_of(read_image(image[1]), self._processor)
 
         with contextlib.closing(decode_ahead(images, decode, workers, ahead=batch_size)) as decoded:
             good = usable(decoded)
             while batch := list(itertools.islice(good, batch_size)):
-                names, pixels = zip(*batch, strict=True)
-                rows = self(torch.stack(pixels))
+                names, inputs = zip(*batch, strict=True)
+                rows = self(batch_of(inputs))
                 finite = np.isfinite(rows).all(axis=1)
                 for i in np.flatnonzero(~finite):
                     skip(names[i], "its embedding is not finite; try --dtype float32")
                 yield [names[i] for i in np.flatnonzero(finite)], rows[finite]
 
-    def __call__(self, pixel_values: torch.Tensor) -> np.ndarray:
+    def __call__(self, inputs: Inputs) -> np.ndarray:
         with torch.inference_mode():
-            pixel_values = pixel_values.to(self.device)
+            inputs = {name: values.to(self.device) for name, values in inputs.items()}
             if not self.route:
-                self.route = self.metadata["backend"] = route(self.model, pixel_values)
+                self.route = self.metadata["backend"] = route(self.model, inputs)
             try:
-                output = self.model(pixel_values)
+                output = self.model(**inputs)
             except torch.OutOfMemoryError as error:
                 raise UserError(f"{first_line(error)} Try a smaller --batch-size.") from error
             states = output.pooler_output if self._pool == "head" else output.last_hidden_state
-            parts = states.split(1) if self.model.batch_invariant else [states]
-            return torch.cat([self._embedding(part) for part in parts]).cpu().numpy()
+            at_once = 1 if self.model.batch_invariant else len(states)
+            mask = inputs.get("pixel_attention_mask")
+            masks = itertools.repeat(None) if mask is None else mask.split(at_once)
+            parts = zip(states.split(at_once), masks, strict=False)
+            return torch.cat([self._embedding(*part) for part in parts]).cpu().numpy()
 
-    def _embedding(self, states: torch.Tensor) -> torch.Tensor:
-        """Of pooled images `[B, D]`, or of their tokens `[B, N, D]`."""
-        embedding = states.float() if self._pool == "head" else states.float().mean(dim=1)
+    def _embedding(self, states: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """Of pooled images `[B, D]`, or of their tokens `[B, N, D]`, of which those count where `mask [B, N]` is not zero."""
+        embedding = states.float()
+        if self._pool == "mean" and mask is None:
+            embedding = embedding.mean(dim=1)
+        elif self._pool == "mean":
+            embedding = embedding.masked_fill(mask[..., None] == 0, 0).sum(1) / mask.sum(1, keepdim=True)
         return torch.nn.functional.normalize(embedding, dim=-1) if self._normalize else embedding

@@ -7,12 +7,11 @@ from typing import Any
 
 import torch
 import transformers
-from PIL import Image
-from transformers import SiglipVisionConfig
 
 from ..errors import UserError, first_line
-from ..models.siglip import SiglipVisionModel
-from ..models.variants import load_config
+from ..models.base import Fused
+from ..models.variants import VisionConfig, load_config
+from .kinds import FixedSize, Inputs, NaFlex, kind_of
 
 
 def pick_device(name: str | None) -> torch.device:
@@ -25,7 +24,7 @@ def pick_device(name: str | None) -> torch.device:
     return device
 
 
-def load_model(args: Namespace, device: torch.device, dtype: torch.dtype) -> SiglipVisionModel:
+def load_model(args: Namespace, device: torch.device, dtype: torch.dtype) -> Fused:
     """The model of `args.model` or `args.random_weights`, for inference. Raises UserError where there is no such
     model, it is not whole, or the backend cannot run on the device."""
     config = load_config(args)
@@ -36,18 +35,18 @@ def load_model(args: Namespace, device: torch.device, dtype: torch.dtype) -> Sig
         else:
             warn_of_random_weights(args.random_weights, args.seed)
             torch.manual_seed(args.seed)
-            model = SiglipVisionModel(config, **settings)
+            model = kind_of(config).model(config, **settings)
         model.backend_for(device)
     except (ValueError, RuntimeError) as error:  # unknown backend; a backend that cannot run here
         raise UserError(first_line(error)) from error
     return model.eval().to(device, dtype)
 
 
-def _from_pretrained(name: str, config: SiglipVisionConfig, **settings: Any) -> SiglipVisionModel:
+def _from_pretrained(name: str, config: VisionConfig, **settings: Any) -> Fused:
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()  # it lists the whole text tower as "unexpected"
     try:
-        model, report = SiglipVisionModel.from_pretrained(
+        model, report = kind_of(config).model.from_pretrained(
             name,
             config=config,
             output_loading_info=True,
@@ -72,40 +71,33 @@ def warn_of_random_weights(variant: str, seed: int) -> None:
     print("!" * len(text), text, "!" * len(text), sep="\n", file=sys.stderr)
 
 
-def load_processor(model: str | None, image_size: int) -> Any:
+def load_processor(model: str | None, kind: FixedSize | NaFlex) -> Any:
     """Hugging Face's image processor on Pillow, as the model's files configure it. Raises UserError where it cannot
-    be loaded, is of another kind, or makes images of another size than the model's."""
+    be loaded, is of another kind, or makes what the model does not take."""
     # Transformers 5 gave the plain name to the one that needs torchvision.
-    kind = getattr(transformers, "SiglipImageProcessorPil", None) or transformers.SiglipImageProcessor
+    on_pillow = getattr(transformers, f"{kind.processor}Pil", None) or getattr(transformers, kind.processor)
     files = [os.path.join(model or "", f"{name}.json") for name in ("preprocessor_config", "processor_config")]
     if model and os.path.isdir(model) and not any(map(os.path.exists, files)):
         print(f"siglip-fast: {model} has no preprocessor_config.json: using SigLIP's defaults", file=sys.stderr)
         model = None
     if model is None:
-        settings = {"size": {"height": image_size, "width": image_size}}
+        settings = kind.settings()
     else:
         try:
-            settings, _ = kind.get_image_processor_dict(model)
+            settings, _ = on_pillow.get_image_processor_dict(model)
         except Exception as error:
             raise UserError(f"cannot load the image processor of {model}: {first_line(error)}") from error
-    name = settings.get("image_processor_type", "SiglipImageProcessor")
-    if name.removesuffix("Fast").removesuffix("Pil") != "SiglipImageProcessor":
-        raise UserError(f"{model} wants the image processor {name}, not SigLIP's")
-    processor = kind.from_dict(settings)
-    made = list(pixel_values(processor, Image.new("RGB", (8, 9))).shape[1:])
-    if made != [image_size, image_size]:
-        raise UserError(f"{model}: its image processor makes {made} pixels, the model takes {image_size}²")
+    name = settings.get("image_processor_type", kind.processor)
+    if name.removesuffix("Fast").removesuffix("Pil") != kind.processor:
+        raise UserError(f"{model} wants the image processor {name}, not {kind.processor}")
+    processor = on_pillow.from_dict(settings)
+    if misfit := kind.misfit(processor):
+        raise UserError(f"{model}: its image processor {misfit}")
     return processor
 
 
-def pixel_values(processor: Any, image: Image.Image) -> torch.Tensor:
-    """One RGB image as the model takes it, `[3, height, width]`."""
-    # The format is told because an image 1 or 3 pixels high would be taken for one with its channels first.
-    return processor(image, return_tensors="pt", input_data_format="channels_last")["pixel_values"][0]
-
-
-def route(model: SiglipVisionModel, pixel_values: torch.Tensor) -> str:
-    """Which code runs for `pixel_values`, and why if it is the stock code. Call it as the model is called."""
-    if reason := model.why_not(pixel_values):
+def route(model: Fused, inputs: Inputs) -> str:
+    """Which code runs for `inputs`, and why if it is the stock code. Call it as the model is called."""
+    if reason := model.why_not(**inputs):
         return f"stock transformers, because {reason}"
-    return f"backend {model.backend_for(pixel_values.device)}" + ", batch invariant" * model.batch_invariant
+    return f"backend {model.backend_for(inputs['pixel_values'].device)}" + ", batch invariant" * model.batch_invariant

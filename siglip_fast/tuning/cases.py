@@ -76,7 +76,7 @@ def plain_result(case: Case, args: tuple) -> Tensor:
 def upcast(args: tuple) -> tuple:
     """To what the reference is computed in: float32 for 16 bits, float64 for float32."""
     to = torch.float64 if args[0].dtype == torch.float32 else torch.float32
-    return tree_map(lambda x: x.to(to) if isinstance(x, Tensor) else x, args)
+    return tree_map(lambda x: x.to(to) if isinstance(x, Tensor) and x.is_floating_point() else x, args)
 
 
 def copied(args: tuple) -> tuple:

@@ -223,8 +223,8 @@ class TestImages:
         names = [save(f"{i}.png", picture(i)) for i in range(5)]
         call = encoder.Encoder.__call__
 
-        def spoiled(self, pixel_values):
-            rows = call(self, pixel_values)
+        def spoiled(self, inputs):
+            rows = call(self, inputs)
             rows[1, 5] = np.inf
             return rows
 
@@ -383,12 +383,12 @@ class TestOutput:
         before = {path: path.read_bytes() for path in Path().iterdir()}
         call, calls = encoder.Encoder.__call__, []
 
-        def failing(self, pixel_values):
-            calls.append(len(pixel_values))
+        def failing(self, inputs):
+            calls.append(len(inputs["pixel_values"]))
             if len(calls) == 3:
                 assert any(path.suffix == ".part" for path in Path().iterdir())
                 raise ZeroDivisionError
-            return call(self, pixel_values)
+            return call(self, inputs)
 
         monkeypatch.setattr(sinks, "ROW_GROUP", 1)
         monkeypatch.setattr(encoder.Encoder, "__call__", failing)
@@ -499,7 +499,7 @@ class TestModels:
         Path("empty").mkdir()
         bert = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
         transformers.BertModel(transformers.BertConfig(vocab_size=9, **bert)).save_pretrained("bert")
-        transformers.Siglip2VisionConfig().save_pretrained("naflex")
+        transformers.Siglip2TextConfig().save_pretrained("text")
         for name, change in {"wide": {"intermediate_size": 72}, "deep": {"num_hidden_layers": 3}}.items():
             config = json.loads((make_checkpoint(here / name) / "config.json").read_text())
             (here / name / "config.json").write_text(json.dumps(config | change))
@@ -511,7 +511,7 @@ class TestModels:
             "in/models": "in/models: no such folder",  # in a folder that there is
             "here": "here: no such folder",
             "bert": "bert is no SigLIP model: its config has model_type 'bert'",
-            "naflex": "its config has model_type 'siglip2_vision_model': NaFlex images are not supported yet",
+            "text": "text is no SigLIP model: its config has model_type 'siglip2_text_model'",
             "wide": "cannot load wide: ",
             "deep": "deep is no SigLIP vision model: lacks 16 weights such as ",
         }.items():
@@ -756,12 +756,12 @@ class TestDemo:
         kinds = torch.randn(2, 32, generator=generator)
         side = torch.arange(16).reshape(4, 4) % 4 >= 2  # the right half
         tokens = kinds[side.long().flatten()] + 0.01 * torch.randn(16, 32, generator=generator)
-        ours, stock = demo.principal_colors(tokens, tokens.clone())
+        ours, stock = demo.principal_colors(tokens, tokens.clone(), (4, 4))
         assert ours.shape == (4, 4, 3) and ours.dtype == np.uint8
         assert (ours == stock).all()
         left, right = ours[:, :2, 0].astype(int), ours[:, 2:, 0].astype(int)
         assert abs(left.mean() - right.mean()) > 200 and np.ptp(left) < 50 and np.ptp(right) < 50
         changed = tokens.clone()
         changed[5] = kinds[1]
-        ours, stock = demo.principal_colors(tokens, changed)
+        ours, stock = demo.principal_colors(tokens, changed, (4, 4))
         assert (ours != stock).any(axis=2).sum() == 1 and (ours[1, 1] != stock[1, 1]).any()

@@ -1,5 +1,6 @@
-"""A tiny SigLIP saved as the Hub has them: config, weights, tokenizer and image processor; nothing is downloaded."""
+"""Tiny models saved as the Hub has them: config, weights, and tokenizer or image processor; nothing is downloaded."""
 
+import json
 from pathlib import Path
 
 import torch
@@ -34,6 +35,19 @@ def save_tiny_siglip(folder: Path) -> None:
     ).save_pretrained(folder)
     torch.manual_seed(0)
     SiglipModel(SiglipConfig(text_config=TINY_TEXT, vision_config=TINY)).save_pretrained(folder)
+
+
+def save_tiny_naflex(folder: Path, vision_only: bool = False, processor: dict | None = None, **vision) -> None:
+    """Of `zoo.siglip2`, patches of 8 pixels and embeddings of 64; its image processor makes 20 patches at most, and has
+    SigLIP's defaults nowhere else. `processor` and `vision` replace settings of it and of the vision config."""
+    settings = {"image_processor_type": "Siglip2ImageProcessor", "patch_size": 8, "max_num_patches": 20}
+    settings |= {"resample": 3, "image_mean": [0.4, 0.5, 0.6], "image_std": [0.3, 0.25, 0.2]}
+    folder.mkdir(exist_ok=True)
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings | (processor or {})))
+    if vision_only:
+        zoo.make("Siglip2VisionModel", "Siglip2VisionConfig", **zoo.SIGLIP2_VISION | vision).save_pretrained(folder)
+    else:
+        zoo.siglip2()[0].save_pretrained(folder)
 
 
 def save_tiny_paligemma(folder: Path) -> None:

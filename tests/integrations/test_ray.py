@@ -17,6 +17,7 @@ import numpy as np
 import psutil
 import pyarrow as pa
 import pytest
+from checkpoints import save_tiny_naflex
 from PIL import Image
 from pyarrow import parquet
 from test_cli import TINY, check, checkpoint, expected, here, make_checkpoint, picture, read, run, save
@@ -101,6 +102,17 @@ class TestImages:
         check(our_rows, expected(checkpoint, [picture(seed) for seed in range(11)]))
         for part in PARTS[:3]:
             assert parquet.read_schema(f"out/{part}").equals(parquet.read_schema("one.parquet"), check_metadata=True)
+
+    def test_images_of_any_aspect(self, here, capsys):
+        save_tiny_naflex(here / "naflex")
+        for seed, size in enumerate([(40, 50), (33, 200), (300, 20)]):
+            save(f"in/{seed}.png", picture(seed, *size))
+        assert run(Path("naflex"), "in", "--out", "one.parquet", "--pool", "mean") == 0
+        assert run(Path("naflex"), "in", "--out", "out", *SMALL, "--pool", "mean") == 0
+        assert "stock" not in capsys.readouterr().out
+        ours, (paths, rows) = read("out"), read("one.parquet")
+        assert ours[0] == paths
+        np.testing.assert_allclose(ours[1], rows, rtol=0, atol=1e-5 * np.abs(rows).max())
 
     def test_parts_and_errors(self, written, monkeypatch):
         monkeypatch.chdir(written)
