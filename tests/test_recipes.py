@@ -17,7 +17,7 @@ from typing import NamedTuple
 import pyarrow as pa
 import pytest
 import torch
-from checkpoints import save_tiny_paligemma, save_tiny_siglip
+from checkpoints import save_tiny_naflex, save_tiny_paligemma, save_tiny_qwen3_vl, save_tiny_siglip
 from PIL import Image
 from pyarrow import parquet
 
@@ -25,9 +25,14 @@ HELPERS = str(Path(__file__).parent / "helpers")
 ROOT = Path(__file__).parents[1]
 PAGES = [
     ROOT / "README.md",
-    *(ROOT / "docs" / f"{page}.md" for page in ("swap", "embedding", "gpu", "batch-invariance")),
+    *(ROOT / "docs" / f"{page}.md" for page in ("swap", "any-size", "embedding", "gpu", "batch-invariance")),
 ]
-CHECKPOINTS = {"google/siglip-base-patch16-224": save_tiny_siglip, "google/paligemma2-3b-mix-224": save_tiny_paligemma}
+CHECKPOINTS = {
+    "google/siglip-base-patch16-224": save_tiny_siglip,
+    "google/siglip2-base-patch16-naflex": save_tiny_naflex,
+    "google/paligemma2-3b-mix-224": save_tiny_paligemma,
+    "Qwen/Qwen3-VL-2B-Instruct": save_tiny_qwen3_vl,
+}
 
 
 class Recipe(NamedTuple):
@@ -65,6 +70,16 @@ assert [tower.fast for tower in siglip_fast.towers(model)] == [True]
 """
     ),
     "Before models are built": Recipe(after="assert [tower.fast for tower in siglip_fast.towers(model)] == [True]"),
+    "SigLIP 2 NaFlex": Recipe(
+        after="""
+with torch.no_grad():
+    assert model.why_not(**processor(images, return_tensors="pt")) is None
+assert embeddings.shape == (2, 64)
+"""
+    ),
+    "Qwen3-VL and its descendants": Recipe(
+        after="assert [tower.fast for tower in siglip_fast.towers(model)] == [True]"
+    ),
     "timm and open_clip": Recipe(
         before="""
 import sys

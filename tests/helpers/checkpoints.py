@@ -53,3 +53,8 @@ def save_tiny_naflex(folder: Path, vision_only: bool = False, processor: dict | 
 def save_tiny_paligemma(folder: Path) -> None:
     """Of `zoo.paligemma`, the weights only."""
     zoo.paligemma()[0].save_pretrained(folder)
+
+
+def save_tiny_qwen3_vl(folder: Path) -> None:
+    """Of `zoo.qwen3_vl`, the weights only."""
+    zoo.qwen3_vl()[0].save_pretrained(folder)
