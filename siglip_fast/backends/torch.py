@@ -36,8 +36,9 @@ def patch_embed_rows(pixel_rows, patch, position, rows):
 def gathered(position):
     """`[M, D]`: sums in float32, rounded once."""
     table, index, weight = position
-    taken = table[index]
-    return taken[:, 0] if weight is None else (taken * weight[..., None]).sum(1).to(table.dtype)
+    if weight is None:
+        return table[index[:, 0]]
+    return F.embedding_bag(index, table.to(weight.dtype), per_sample_weights=weight, mode="sum").to(table.dtype)
 
 
 def layernorm_linear(hidden_states, moments, linear, activation, rotation):
@@ -58,12 +59,13 @@ def activated(x, activation):
 def rotated(qkv, rotation):
     """In place: the first two thirds, whose neighbours are pairs, as complex numbers in at least float32."""
     table, place = rotation
-    # [M, 1, d / 2, 2], the angles of both axes one behind the other
-    angles = table[place].flatten(1, 2)[:, None]
-    turned = qkv[..., : qkv.shape[-1] // 3 * 2].view(len(place), -1, *angles.shape[2:])
-    wide = torch.promote_types(qkv.dtype, angles.dtype)
-    product = torch.view_as_complex(turned.to(wide)) * torch.view_as_complex(angles.to(wide))
-    turned.copy_(torch.view_as_real(product))
+    # [M, 1, d / 2], the angles of both axes one behind the other
+    angles = torch.view_as_complex(table)[place].flatten(1)[:, None]
+    turned = qkv[..., : qkv.shape[-1] // 3 * 2].view(len(place), -1, angles.shape[-1], 2)
+    wide = turned.to(torch.promote_types(qkv.dtype, table.dtype))  # the same, not a copy, where it is as wide
+    torch.view_as_complex(wide).mul_(angles)
+    if wide is not turned:
+        turned.copy_(wide)
     return qkv
 
 

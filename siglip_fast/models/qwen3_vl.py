@@ -204,7 +204,7 @@ def _check_settings(tower: nn.Module) -> None:
         raise Unsupported(f"interpolation_mode is {mode!r}, not 'bilinear'")
     if _has_taps(tower) and len(tower.deepstack_visual_indexes) != len(tower.deepstack_merger_list):
         raise Unsupported("deepstack_visual_indexes are not one for each merger")
-    if _has_taps(tower) and D % 64:
+    if _has_taps(tower) and tower.deepstack_visual_indexes and D % 64:
         raise Unsupported("hidden_size is no multiple of 64")  # what moments of rows side by side need
 
 
