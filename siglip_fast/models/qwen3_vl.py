@@ -93,7 +93,7 @@ class Qwen3VLTower(Packed):
 
     def _read(self, pixel_values: Tensor, grid_thw: Any, **kwargs) -> list[Grid] | str:
         # What is wrong with these stock's code is to say.
-        K, M = self._patch_weight()[0].numel(), len(pixel_values)
+        K = self._patch_weight()[0].numel()
         if pixel_values.ndim != 2 or pixel_values.shape[1] != K or not pixel_values.is_floating_point():
             return f"hidden_states are {pixel_values.dtype}, {list(pixel_values.shape)}, not [rows, {K}]"
         if type(grid_thw) is not Tensor or grid_thw.ndim != 2 or grid_thw.shape[1] != 3 or not len(grid_thw):
@@ -103,8 +103,8 @@ class Qwen3VLTower(Packed):
         grids, merge = read(grid_thw), self.spatial_merge_size
         if any(t < 1 or h < 1 or w < 1 or h % merge or w % merge for t, h, w in grids):
             return f"grid_thw is not positive, or its sides are no multiples of {merge}"
-        if (rows := sum(t * h * w for t, h, w in grids)) != M:
-            return f"hidden_states have {M} rows, by grid_thw {rows}"
+        if (rows := sum(t * h * w for t, h, w in grids)) != len(pixel_values):
+            return f"hidden_states have {len(pixel_values)} rows, by grid_thw {rows}"
         return grids
 
     def _fused(

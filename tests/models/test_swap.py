@@ -126,7 +126,7 @@ class TestApplyTo:
         actual = gradients(model, inputs)
         assert not attentions
         assert actual.keys() == expected.keys()
-        assert any("patch_embedding" in n for n in actual)
+        assert any("patch_embed" in n for n in actual)
         for parameter, gradient in expected.items():
             torch.testing.assert_close(actual[parameter], gradient, atol=0, rtol=0)
 
