@@ -13,10 +13,11 @@ TENSOR = {
     "gfx942": "v_mfma", "gfx950": "v_mfma", "gfx1100": "v_wmma",
 }  # fmt: skip
 # The kernels whose main loop has to be fed by 16-byte copies, asynchronous ones where the architecture has them.
-COPIES = {"patch_embed", "layernorm_linear", "linear_residual", "attention"}
+ATTENTION = {"attention", "attention_segments"}
+GEMMS = {"patch_embed", "patch_rows", "layernorm_linear", "linear_residual"}
+COPIES = GEMMS | ATTENTION
 ASYNC = re.compile("sm_")
 NO_DOT = {"layernorm", "residual_epilogue"}
-GEMMS = COPIES - {"attention"}
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,11 @@ class Exemption:
 
 EXEMPTIONS = [
     Exemption("patch_embed", r"PATCH=14\b", "", 4, reason="a patch row is 14 pixels, a weight row 1176 bytes"),
-    Exemption("attention", r"HEAD_DIM=(72|96)\b", "", 4, reason="the second slice is too narrow for all threads"),
+    Exemption("patch_rows", r"K=588\b", "", 4, reason="a row is 1176 bytes"),
+    *(
+        Exemption(kernel, r"HEAD_DIM=(72|80|96)\b", "", 4, reason="the second slice is too narrow for all threads")
+        for kernel in sorted(ATTENTION)
+    ),
     Exemption("pool", "", "sm_", tensor="HMMA", reason="M = 16 heads"),
     Exemption("value", "", "sm_", tensor="HMMA", reason="M = 16 images"),
     Exemption("pool", "", "gfx11", tensor="", reason="the fp32 scores: RDNA has no fp32 matrix instruction"),
@@ -61,7 +66,7 @@ class Row:
 def requirements(row: Row) -> Exemption:
     strict = Exemption(row.kernel, "", "", tensor="" if row.kernel in NO_DOT else TENSOR[row.arch])
     if (
-        row.kernel in GEMMS and row.config["BLOCK_M"] < 64 and TENSOR[row.arch] in ("HGMMA", "UTCHMMA")
+        row.kernel in COPIES and row.config["BLOCK_M"] < 64 and TENSOR[row.arch] in ("HGMMA", "UTCHMMA")
     ):  # which multiply 64 rows or more
         strict = replace(strict, tensor=strict.tensor and "HMMA")
     found = next((e for e in EXEMPTIONS if e.covers(row)), strict)

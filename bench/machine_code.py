@@ -130,8 +130,10 @@ def inspect(kernel) -> MachineCode:
         resources |= {"shared_limit": _AMD_SHARED[target.arch], "occupancy": occupancy}
     else:
         resources, whole, loops = _nvidia(kernel, cuxray.lookup(f"sm_{target.arch}"))
-    loop = max(loops, key=lambda loop: _density(loop.every_pass), default=_Loop(Counter(), Counter()))
-    main, unrolled = loop.every_pass, _density(loop.every_pass) == 0
+    # Where there are matrix products, a loop that adds something else up is not the main one.
+    density = functools.partial(_density, fma=not any(map(TENSOR.match, whole)))
+    loop = max(loops, key=lambda loop: density(loop.every_pass), default=_Loop(Counter(), Counter()))
+    main, unrolled = loop.every_pass, density(loop.every_pass) == 0
     around = resources.pop("around", Counter())
     waiting = resources.pop("waiting", 0)
     return MachineCode(
@@ -154,11 +156,13 @@ def load_bytes(opcode: str) -> int:
     return next((_WIDTHS[part] for part in re.split(r"[._]", opcode) if part in _WIDTHS), 4)
 
 
-def _density(loop: Counter) -> float:
-    """Share of multiplications: what tells the main loop from a loop around it and from one that waits."""
-    tensor = sum(n for op, n in loop.items() if TENSOR.match(op))
-    fma = sum(n for op, n in loop.items() if re.match(r"FFMA|v_(pk_)?(fma|fmac)_f32|v_dual_fmac", op))
-    return (tensor or (fma if fma >= 32 else 0)) / max(sum(loop.values()), 1)
+def _density(loop: Counter, fma: bool) -> float:
+    """Share of multiplications, with `fma` those of numbers: what tells the main loop from a loop around it and from one
+    that waits."""
+    found = sum(n for op, n in loop.items() if TENSOR.match(op))
+    if fma:
+        found = sum(n for op, n in loop.items() if re.match(r"FFMA|v_(pk_)?(fma|fmac)_f32|v_dual_fmac", op))
+    return (found if not fma or found >= 32 else 0) / max(sum(loop.values()), 1)
 
 
 def _nvidia(kernel, spec) -> tuple[dict, Counter, list[_Loop]]:

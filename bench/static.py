@@ -20,6 +20,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 
+import packed_towers as packed
 import static_report as report
 import torch
 import triton
@@ -37,8 +38,11 @@ from siglip_fast.models.variants import VARIANTS, config_for
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # What tells the specializations of a kernel apart: those of its constants that are no configuration.
-SHAPE = ("N", "K", "D", "HEADS", "HEAD_DIM", "PATCH", "GELU", "HAS_RESIDUAL", "TAIL_N")
+SHAPE = ("N", "K", "D", "HEADS", "HEAD_DIM", "PATCH", "TAPS", "MERGED", "ACTIVATION", "HAS_RESIDUAL", "TAIL_N")
 
+UNUSED = {"HEAD_DIM": 0, "MERGED": 1, "ACTIVATION": None}  # which layernorm_linear is without
+
+MODELS = (*VARIANTS, *packed.TOWERS)
 
 Task = tuple[str, str, tuple[str, ...], int]  # architecture, dtype, models, batch size
 
@@ -113,10 +117,12 @@ def compile_models(task: Task) -> list[Row]:
     with launches_of(arch) as launches:
         for name in names:
             launches.clear()
-            forward(name, DTYPES[dtype], batch)
+            (packed.forward if name in packed.TOWERS else forward)(name, DTYPES[dtype], batch)
             for function, arguments, grid, kernel in launches:
                 if kernel not in rows:
                     rows[kernel] = describe(arch, dtype, function, arguments, kernel)
+                if name in packed.TOWERS:  # gates only: no bound is drawn of segments whose lengths are on a device
+                    continue
                 calls = rows[kernel].calls.setdefault(name, Counter())
                 calls[Work.of(rows[kernel].kernel, arguments, grid)] += 1
     return list(rows.values())
@@ -125,7 +131,8 @@ def compile_models(task: Task) -> list[Row]:
 def describe(arch: str, dtype: str, function: JITFunction, arguments: dict, kernel) -> Row:
     name = function.__name__.removesuffix("_kernel").strip("_")
     constants = {p.name for p in function.params if p.is_constexpr} & set(SHAPE)
-    shape = " ".join(f"{key}={int(arguments[key])}" for key in SHAPE if key in constants)
+    stated = {key: arguments[key] for key in SHAPE if key in constants and arguments[key] != UNUSED.get(key, "")}
+    shape = " ".join(f"{key}={int(value) if isinstance(value, bool) else value}" for key, value in stated.items())
     config = {
         k: v for k, v in arguments.items() if k.startswith(("BLOCK_", "GROUP_", "num_", "SPLIT_K", "TMA", "PERSISTENT"))
     }
@@ -136,13 +143,14 @@ def describe(arch: str, dtype: str, function: JITFunction, arguments: dict, kern
 
 def tasks(arches: list[str], dtypes: list[str], names: list[str], batch: int) -> list[Task]:
     """Models of one width share most kernels, so they are one task. In fp32 the two shown models are enough."""
+    width_of = {name: VARIANTS[name]["hidden_size"] for name in VARIANTS} | {name: name for name in packed.TOWERS}
     todo: dict[Task, None] = {}
     for dtype in dtypes:
         chosen = [n for n in names if n in report.SHOWN] or names if dtype == "fp32" else names
-        widths = {VARIANTS[name]["hidden_size"] for name in chosen}
+        widths = {width_of[name] for name in chosen}
         for arch in arches:
-            for width in sorted(widths, reverse=True):
-                group = tuple(name for name in chosen if VARIANTS[name]["hidden_size"] == width)
+            for width in sorted(widths, key=str, reverse=True):
+                group = tuple(name for name in chosen if width_of[name] == width)
                 todo[arch, dtype, group, batch] = None
     return list(todo)
 
@@ -173,7 +181,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--arch", action="append", choices=TENSOR, help="default: all of them")
     parser.add_argument("--dtype", action="append", choices=DTYPES, help="default: all of them")
-    parser.add_argument("--model", action="append", choices=VARIANTS, help="default: every published one")
+    parser.add_argument("--model", action="append", choices=MODELS, help="default: all of them")
     parser.add_argument("--batch-size", type=int, default=64, metavar="B", help="default: 64")
     parser.add_argument("--processes", type=int, default=min(os.cpu_count() or 1, 8))
     parser.add_argument("--json", type=Path, metavar="OUT")
@@ -187,7 +195,7 @@ def main() -> int:
     todo = tasks(
         arguments.arch or list(TENSOR),
         arguments.dtype or list(DTYPES),
-        arguments.model or list(VARIANTS),
+        arguments.model or list(MODELS),
         arguments.batch_size,
     )
     try:

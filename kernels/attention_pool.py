@@ -12,7 +12,9 @@ The tokens are split among programs, because there may be one image only (Flash-
 leaves the pooled tokens of its own softmax and that softmax's logsumexp L; the value projection is linear, so the
 splits are merged behind it, with the weights exp(L - logsumexp(L)), and no launch is needed for that.
 
-y [B, N, D], W_v [D, D], b_v [D], out [B, D] in bf16, fp16 or fp32; S [H, D] in fp32.
+y [B, N, D], W_v [D, D], b_v [D], out [B, D] in bf16, fp16 or fp32; S [H, D] in fp32. Images of any size are segments of
+y [R, D] instead, by a table int32 [S, 3] of first row, queries and keys, of which the keys are pooled. There are as many
+splits as the largest image has: of another those beyond its keys leave zeros and a logsumexp of -inf.
 """
 
 import torch
@@ -35,6 +37,7 @@ def _load_columns(ptrs, columns, D: tl.constexpr, BLOCK_K: tl.constexpr):
 def _pool_kernel(
     y_ptr,
     scores_weight_ptr,
+    table_ptr,
     pooled_ptr,
     logsumexp_ptr,
     N,
@@ -46,15 +49,19 @@ def _pool_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """BLOCK_N tokens of one image, all heads."""
+    """BLOCK_N tokens of one image, all heads. N: tokens of each image, or with a table of the largest."""
     batch = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
     splits = tl.cdiv(N, BLOCK_N)
+    first = batch * N
+    if table_ptr is not None:
+        first = tl.load(table_ptr + 3 * batch).to(tl.int64)
+        N = tl.maximum(tl.load(table_ptr + 3 * batch + 2), 1)  # an entry of zeros, which is padding, reads row 0
     heads = tl.arange(0, BLOCK_H)
     tokens = split * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_k = tl.arange(0, BLOCK_K)
     # Clamped instead of masked: what is beyond N gets the weight 0, what is beyond HEADS is not stored.
-    y_ptrs = y_ptr + batch * N * D + tl.minimum(tokens, N - 1)[:, None] * D
+    y_ptrs = y_ptr + first * D + tl.minimum(tokens, N - 1)[:, None] * D
     w_ptrs = scores_weight_ptr + tl.minimum(heads, HEADS - 1)[:, None] * D
     # [BLOCK_H, BLOCK_N]
     scores = tl.zeros([BLOCK_H, BLOCK_N], dtype=tl.float32)
@@ -64,10 +71,14 @@ def _pool_kernel(
         scores = tl.dot(w, y.to(tl.float32).T, scores, input_precision=SCORE_PRECISION)
     scores = tl.where(tokens[None, :] < N, scores * 1.4426950408889634, float("-inf"))
     head_max = tl.max(scores, axis=1)
+    if table_ptr is not None:  # where there is no key, the maximum is 0 and so is the sum
+        head_max = tl.where(split * BLOCK_N < N, head_max, 0.0)
     p = tl.exp2(scores - head_max[:, None])
     head_sum = tl.sum(p, axis=1)
     row = batch * splits + split
     tl.store(logsumexp_ptr + row * HEADS + heads, head_max + tl.log2(head_sum), mask=heads < HEADS)
+    if table_ptr is not None:
+        head_sum = tl.maximum(head_sum, 1.0)  # as that of any key is
     p = p.to(y_ptr.dtype.element_ty)
     for k in range(0, D, BLOCK_K):
         columns = k + offs_k
@@ -218,53 +229,83 @@ def attention_pool(
     config: dict[str, dict[str, int]] | None = None,
 ) -> torch.Tensor:
     """`[B, N, D]` → `[B, D]`."""
-    B, N, D = y.shape
-    H = scores_weight.shape[0]
+    B, N, _ = y.shape
     with device_guard(y):
         config = config or attention_pool_config(y.dtype, gpu_arch(), B, N)
+        BLOCK_S = min(config["value"]["BLOCK_M"], triton.next_power_of_2(-(-N // config["pool"]["BLOCK_N"])))
+        return _launch(y, None, B, N, scores_weight, value_weight, value_bias, config, BLOCK_S)
+
+
+def attention_pool_segments(
+    y: torch.Tensor,
+    table: torch.Tensor,
+    longest: int,
+    scores_weight: torch.Tensor,
+    value_weight: torch.Tensor,
+    value_bias: torch.Tensor,
+    config: dict[str, dict[str, int]] | None = None,
+) -> torch.Tensor:
+    """`[R, D]` → `[S, D]`, the pooled keys of the segments in `table [S, 3]`, of which the longest has so many."""
+    with device_guard(y):
+        config = config or attention_pool_config(y.dtype, gpu_arch(), len(table), longest)
+        # Whatever the longest: in which order splits are added up must not depend on the other images.
+        return _launch(y, table, len(table), longest, scores_weight, value_weight, value_bias, config, BLOCK_S=16)
+
+
+def _launch(
+    y: torch.Tensor,
+    table: torch.Tensor | None,
+    B: int,
+    N: int,
+    scores_weight: torch.Tensor,
+    value_weight: torch.Tensor,
+    value_bias: torch.Tensor,
+    config: dict[str, dict[str, int]],
+    BLOCK_S: int,
+) -> torch.Tensor:
+    """Of B images of at most N tokens."""
+    H, D = scores_weight.shape
     pool, value = config["pool"], dict(config["value"])
     splits = -(-N // pool["BLOCK_N"])
-    BLOCK_M = value.pop("BLOCK_M")
-    BLOCK_S = min(BLOCK_M, triton.next_power_of_2(splits))
-    IMAGES = BLOCK_M // BLOCK_S
+    IMAGES = value.pop("BLOCK_M") // BLOCK_S
     precision = input_precision(y.dtype)
     # 16-bit tokens are exact in TF32, so only S is rounded there (to 10 bits of mantissa).
     score_precision = precision if y.dtype == torch.float32 or torch.version.hip else "tf32"
     pooled = empty((B, splits, H, D), y.dtype, y.device)
     logsumexp = empty((B, splits, H), torch.float32, y.device)
     out = empty((B, D), y.dtype, y.device)
-    with device_guard(y):
-        launch(
-            _pool_kernel,
-            (B, splits),
-            y,
-            scores_weight,
-            pooled,
-            logsumexp,
-            N,
-            D=D,
-            HEADS=H,
-            SCORE_PRECISION=score_precision,
-            INPUT_PRECISION=precision,
-            BLOCK_H=max(16, triton.next_power_of_2(H)),
-            **pool,
-        )
-        launch(
-            _value_kernel,
-            (-(-B // IMAGES), H, -(-(D // H) // value["BLOCK_N"])),
-            pooled,
-            logsumexp,
-            value_weight,
-            value_bias,
-            out,
-            B,
-            splits,
-            D=D,
-            HEADS=H,
-            HEAD_DIM=D // H,
-            INPUT_PRECISION=precision,
-            IMAGES=IMAGES,
-            BLOCK_S=BLOCK_S,
-            **value,
-        )
+    launch(
+        _pool_kernel,
+        (B, splits),
+        y,
+        scores_weight,
+        table,
+        pooled,
+        logsumexp,
+        N,
+        D=D,
+        HEADS=H,
+        SCORE_PRECISION=score_precision,
+        INPUT_PRECISION=precision,
+        BLOCK_H=max(16, triton.next_power_of_2(H)),
+        **pool,
+    )
+    launch(
+        _value_kernel,
+        (-(-B // IMAGES), H, -(-(D // H) // value["BLOCK_N"])),
+        pooled,
+        logsumexp,
+        value_weight,
+        value_bias,
+        out,
+        B,
+        splits,
+        D=D,
+        HEADS=H,
+        HEAD_DIM=D // H,
+        INPUT_PRECISION=precision,
+        IMAGES=IMAGES,
+        BLOCK_S=BLOCK_S,
+        **value,
+    )
     return out

@@ -1,4 +1,4 @@
-"""What the GEMM kernels share: tile order, main loop, GELU-tanh, operands and grid, dot precision; the GPU at hand.
+"""What the GEMM kernels share: tile order, main loop, GELU, operands and grid, dot precision; the GPU at hand.
 
 Every GEMM here is `x[M, K] · w[N, K]ᵀ` with both operands contiguous along K and fp32 accumulation; x is rounded to w's
 dtype where that is another.
@@ -50,8 +50,11 @@ def main_loop(
     shift=None,
     SPLIT_K: tl.constexpr = 1,
     TMA: tl.constexpr = False,
+    x_rows=None,
 ):
     """fp32 `[BLOCK_M, BLOCK_N]` tile of x · wᵀ, or of (x − shift) · wᵀ with an fp32 shift `[BLOCK_M]`.
+
+    Of x the rows from `row` on, or without TMA int64 x_rows `[BLOCK_M]`, all of which exist.
 
     With SPLIT_K > 1 only the part of K that is this program's in the grid's second axis. With TMA, x_ptr and w_ptr
     are tensor descriptors of [BLOCK_M, BLOCK_K] and [BLOCK_N, BLOCK_K]. Rows ≥ M and columns ≥ N hold no result.
@@ -62,7 +65,7 @@ def main_loop(
     first = tl.program_id(1) * PART if SPLIT_K > 1 else 0
     if not TMA:
         # Clamping instead of masking: the loop then needs no mask but the K tail's.
-        rows = tl.minimum(row + tl.arange(0, BLOCK_M), M - 1)
+        rows = tl.minimum(row + tl.arange(0, BLOCK_M), M - 1) if x_rows is None else x_rows
         columns = tl.minimum(column + tl.arange(0, BLOCK_N), N - 1)
         offs_k = tl.arange(0, BLOCK_K)
         # [BLOCK_M, BLOCK_K]
@@ -171,6 +174,16 @@ def gelu_tanh(x):
     v = x * (-2.302208198144325 - 0.1029432395800235 * (x * x))
     r = tl.rsqrt(1.0 + tl.exp2(v))
     return x * r * r
+
+
+@triton.jit
+def gelu(x, FORM: tl.constexpr):
+    """GELU in the form "tanh" or "erf", 0.5·x·(1 + erf(x / √2)), which is exact; x as it is where FORM is None."""
+    if FORM == "tanh":
+        return gelu_tanh(x)
+    if FORM == "erf":
+        return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+    return x
 
 
 def gemm_grid(M: int, N: int, config: dict[str, int]) -> tuple[int, int]:

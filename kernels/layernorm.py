@@ -2,7 +2,8 @@
 
     out = (x − mean) · rstd · γ + β
 
-x, out [M, D], γ, β [D] in bf16, fp16 or fp32; row moments fp32 (see moments.py). One read and one write of x.
+x, out [M, D], γ, β [D] in bf16, fp16 or fp32; row moments fp32 (see moments.py). One read and one write of x. Or of x only
+some rows, int32 [R], in their order: out [R, D].
 """
 
 import torch
@@ -22,6 +23,7 @@ def _layernorm_kernel(
     moments_ptr,
     weight_ptr,
     bias_ptr,
+    rows_ptr,
     out_ptr,
     M,
     eps,
@@ -31,16 +33,19 @@ def _layernorm_kernel(
 ):
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    mean, rstd = read_moments(moments_ptr, rows, M, D, eps)
+    exists = rows < M
+    source = rows
+    if rows_ptr is not None:
+        source = tl.load(rows_ptr + rows, mask=exists, other=0).to(tl.int64)
+    mean, rstd = read_moments(moments_ptr, source, exists, D, eps)
     # [BLOCK_N]
     weight = tl.load(weight_ptr + columns, mask=columns < D, other=0.0).to(tl.float32)
     bias = tl.load(bias_ptr + columns, mask=columns < D, other=0.0).to(tl.float32)
     # [BLOCK_M, BLOCK_N]
-    mask = (rows[:, None] < M) & (columns[None, :] < D)
-    offsets = rows[:, None] * D + columns[None, :]
-    x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    mask = exists[:, None] & (columns[None, :] < D)
+    x = tl.load(x_ptr + source[:, None] * D + columns[None, :], mask=mask, other=0.0).to(tl.float32)
     out = (x - mean[:, None]) * rstd[:, None] * weight[None, :] + bias[None, :]
-    tl.store(out_ptr + offsets, out.to(out_ptr.dtype.element_ty), mask=mask)
+    tl.store(out_ptr + rows[:, None] * D + columns[None, :], out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 def layernorm_configs() -> list[dict[str, int]]:
@@ -55,14 +60,15 @@ def layernorm(
     weight: torch.Tensor,
     bias: torch.Tensor,
     eps: float,
+    rows: torch.Tensor | None = None,
     config: dict[str, int] | None = None,
 ) -> torch.Tensor:
-    """`[..., D]` → `[..., D]`."""
+    """`[..., D]` → `[..., D]`, or of `[M, D]` these rows: `[R, D]`."""
     D = x.shape[-1]
-    M = x.numel() // D
-    out = empty(x.shape, x.dtype, x.device)
+    M = x.numel() // D if rows is None else len(rows)
+    out = empty(x.shape if rows is None else (M, D), x.dtype, x.device)
     config = config or CONFIG
     grid = (-(-M // config["BLOCK_M"]), -(-D // config["BLOCK_N"]))
     with device_guard(x):
-        launch(_layernorm_kernel, grid, x, moments, weight, bias, out, M, eps, D=D, **config)
+        launch(_layernorm_kernel, grid, x, moments, weight, bias, rows, out, M, eps, D=D, **config)
     return out

@@ -1,4 +1,4 @@
-"""LayerNorm, a linear projection and optionally GELU-tanh in one GEMM.
+"""LayerNorm, a linear projection and GELU or a rotation in one GEMM; and the same without LayerNorm.
 
     out = rstd · (x · W'ᵀ − mean · c) + b'        W' = round(W · diag(γ)), c = rowsum(W'), b' = W·β + b
 
@@ -9,6 +9,9 @@ TF32 would round x around its mean, the main loop runs on x − mean instead.
 
 x [M, K], W' [N, K], out [M, N] in bf16, fp16 or fp32; c, b' [N] and the row moments (see moments.py) in fp32. Beside W'
 and out in 16 bits x may be fp32, as torch.autocast keeps it: then x − mean is what gets rounded.
+
+A row of x may be several rows of the stream, side by side, each with moments of its own, normalised together. GELU has
+two forms (gemm.py); the rotation is that of Q and K (rotation.py). Without LayerNorm, out = x·Wᵀ + b.
 """
 
 import torch
@@ -18,7 +21,7 @@ import triton.language as tl
 from .gemm import (
     default_config,
     device_guard,
-    gelu_tanh,
+    gelu,
     gemm_grid,
     gemm_operands,
     gpu_arch,
@@ -31,6 +34,7 @@ from .gemm import (
 )
 from .launch import empty, launch
 from .moments import read_moments
+from .rotation import rotate
 from .tiles import default_first, gemm_configs, gemm_default, tma_configs
 
 
@@ -41,42 +45,57 @@ def _finish(
     rstd,
     colsum_ptr,
     bias_ptr,
+    table_ptr,
+    place_ptr,
     out_ptr,
     row,
     column,
     M,
     N: tl.constexpr,
-    CENTRED: tl.constexpr,
-    GELU: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PART_N: tl.constexpr,
 ):
-    """Normalise, add the bias, apply GELU and store, PART_N columns at a time."""
+    """Normalise, add the bias, apply GELU or rotate, and store, PART_N columns at a time."""
     if BLOCK_N > PART_N:
         HALF: tl.constexpr = BLOCK_N // 2
         left, right = halves(acc, BLOCK_M, BLOCK_N)
         _finish(
-            left, mean, rstd, colsum_ptr, bias_ptr, out_ptr, row, column, M, N, CENTRED, GELU, BLOCK_M, HALF, PART_N
-        )
+            left, mean, rstd, colsum_ptr, bias_ptr, table_ptr, place_ptr, out_ptr, row, column, M, N, ACTIVATION,
+            HEAD_DIM, BLOCK_M, HALF, PART_N,
+        )  # fmt: skip
         _finish(
-            right, mean, rstd, colsum_ptr, bias_ptr, out_ptr, row, column + HALF, M, N, CENTRED, GELU, BLOCK_M, HALF,
-            PART_N,
+            right, mean, rstd, colsum_ptr, bias_ptr, table_ptr, place_ptr, out_ptr, row, column + HALF, M, N,
+            ACTIVATION, HEAD_DIM, BLOCK_M, HALF, PART_N,
         )  # fmt: skip
     else:
         rows = row + tl.arange(0, BLOCK_M)
         columns = column + tl.arange(0, BLOCK_N)
         # [BLOCK_N]
-        bias = tl.load(bias_ptr + columns, mask=columns < N, other=0.0)
-        if not CENTRED:
+        bias = tl.load(bias_ptr + columns, mask=columns < N, other=0.0).to(tl.float32)
+        if colsum_ptr is not None:
             colsum = tl.load(colsum_ptr + columns, mask=columns < N, other=0.0)
             acc -= mean[:, None] * colsum[None, :]
         # [BLOCK_M, BLOCK_N]
         out = rstd[:, None] * acc + bias[None, :]
-        if GELU:
-            out = gelu_tanh(out)
+        if place_ptr is not None:
+            out = rotate(out, table_ptr, place_ptr, rows, columns, M, N, HEAD_DIM, BLOCK_M, BLOCK_N)
+        out = gelu(out, ACTIVATION)
         mask = (rows[:, None] < M) & (columns[None, :] < N)
         tl.store(out_ptr + rows[:, None] * N + columns[None, :], out.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _mean_and_rstd(moments_ptr, row, M, K: tl.constexpr, eps, MERGED: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Of the rows of a tile, fp32 `[BLOCK_M]` each: 0 and 1 where there is no LayerNorm."""
+    if moments_ptr is None:
+        mean, rstd = tl.zeros([BLOCK_M], dtype=tl.float32), tl.full([BLOCK_M], 1.0, dtype=tl.float32)
+    else:
+        rows = row + tl.arange(0, BLOCK_M)
+        mean, rstd = read_moments(moments_ptr, rows, rows < M, K, eps, MERGED)
+    return mean, rstd
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -86,13 +105,17 @@ def _layernorm_linear_kernel(
     w_ptr,
     colsum_ptr,
     bias_ptr,
+    table_ptr,
+    place_ptr,
     out_ptr,
     M,
     eps,
     N: tl.constexpr,
     K: tl.constexpr,
     CENTRED: tl.constexpr,
-    GELU: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    MERGED: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -121,10 +144,10 @@ def _layernorm_linear_kernel(
             )  # fmt: skip
             acc = tl.dot(x, w, acc, input_precision=INPUT_PRECISION)
             if block == BLOCKS - 1:
-                mean, rstd = read_moments(moments_ptr, row + tl.arange(0, BLOCK_M), M, K, eps)
+                mean, rstd = _mean_and_rstd(moments_ptr, row, M, K, eps, MERGED, BLOCK_M)
                 _finish(
-                    acc, mean, rstd, colsum_ptr, bias_ptr, out_ptr, row, column, M, N, CENTRED, GELU, BLOCK_M, BLOCK_N,
-                    PART_N,
+                    acc, mean, rstd, colsum_ptr, bias_ptr, table_ptr, place_ptr, out_ptr, row, column, M, N,
+                    ACTIVATION, HEAD_DIM, BLOCK_M, BLOCK_N, PART_N,
                 )  # fmt: skip
                 if not SELECT:
                     acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
@@ -133,15 +156,16 @@ def _layernorm_linear_kernel(
     else:
         row, column = tile_origin(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
         # [BLOCK_M]
-        mean, rstd = read_moments(moments_ptr, row + tl.arange(0, BLOCK_M), M, K, eps)
+        mean, rstd = _mean_and_rstd(moments_ptr, row, M, K, eps, MERGED, BLOCK_M)
         # [BLOCK_M, BLOCK_N]
         acc = main_loop(
             x_ptr, w_ptr, row, column, M, N, K, K, INPUT_PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
             mean if CENTRED else None, TMA=TMA,
         )  # fmt: skip
         _finish(
-            acc, mean, rstd, colsum_ptr, bias_ptr, out_ptr, row, column, M, N, CENTRED, GELU, BLOCK_M, BLOCK_N, PART_N
-        )
+            acc, mean, rstd, colsum_ptr, bias_ptr, table_ptr, place_ptr, out_ptr, row, column, M, N, ACTIVATION,
+            HEAD_DIM, BLOCK_M, BLOCK_N, PART_N,
+        )  # fmt: skip
 
 
 def layernorm_linear_configs(dtype: torch.dtype, arch: str, M: int, N: int, K: int) -> list[dict[str, int]]:
@@ -157,12 +181,32 @@ def layernorm_linear(
     colsum: torch.Tensor,
     bias: torch.Tensor,
     eps: float,
-    gelu: bool = False,
+    activation: str | None = None,
+    rotation: tuple[torch.Tensor, torch.Tensor] | None = None,
     config: dict[str, int] | None = None,
 ) -> torch.Tensor:
-    """`[..., K]` → `[..., N]`."""
+    """`[..., K]` → `[..., N]`; moments of as many rows, or of r times as many, each K / r long. Rotation: its table and
+    places."""
+    return _launch(x, moments, weight, colsum, bias, eps, activation, rotation, config)
+
+
+def linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    activation: str | None = None,
+    config: dict[str, int] | None = None,
+) -> torch.Tensor:
+    """`[..., K]` → `[..., N]` without LayerNorm, all of one dtype."""
+    return _launch(x, None, weight, None, bias, 0.0, activation, None, config)
+
+
+def _launch(x, moments, weight, colsum, bias, eps, activation, rotation, config) -> torch.Tensor:
     N, K = weight.shape
     M = x.numel() // K
+    # In fp32 the mean is taken out before the product: after it, its rounding error would stay behind.
+    centred = moments is not None and x.dtype == torch.float32
+    table, place = rotation or (None, None)
     out = empty((*x.shape[:-1], N), weight.dtype, x.device)
     with device_guard(x):
         config = config or default_config(x, weight)
@@ -173,16 +217,19 @@ def layernorm_linear(
             x_operand,
             moments,
             w_operand,
-            colsum,
+            None if centred else colsum,
             bias,
+            table,
+            place,
             out,
             M,
             eps,
             N=N,
             K=K,
-            # In fp32 the mean is taken out before the product: after it, its rounding error would stay behind.
-            CENTRED=x.dtype == torch.float32,
-            GELU=gelu,
+            CENTRED=centred,
+            ACTIVATION=activation,
+            MERGED=1 if moments is None else max(1, len(moments) // max(1, M)),
+            HEAD_DIM=0 if table is None else 4 * table.shape[1],
             INPUT_PRECISION=input_precision(x.dtype),
             SELECT=not gpu_arch().startswith(("sm_10", "sm_11")),
             PART_N=128 if gpu_arch().startswith("gfx11") else 32,

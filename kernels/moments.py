@@ -42,20 +42,36 @@ def write_moments(moments_ptr, x, rows, columns, M, D: tl.constexpr, BLOCK_M: tl
 
 
 @triton.jit
-def read_moments(moments_ptr, rows, M, D: tl.constexpr, eps):
-    """Mean and 1/√(variance + eps) of each row, fp32 `[BLOCK_M]` each."""
+def _merged_blocks(moments_ptr, rows, exists, D: tl.constexpr):
+    """Mean and M2 of each row, fp32 `[BLOCK_M]` each, from those of its blocks."""
     ROW_BLOCKS: tl.constexpr = (D + MOMENT_BLOCK - 1) // MOMENT_BLOCK
     block = tl.arange(0, triton.next_power_of_2(ROW_BLOCKS))
     count = tl.maximum(tl.minimum(D - block * MOMENT_BLOCK, MOMENT_BLOCK), 0).to(tl.float32)
     # [BLOCK_M, next_power_of_2(ROW_BLOCKS)]
     ptrs = moments_ptr + rows[:, None] * (2 * ROW_BLOCKS) + block[None, :]
-    mask = (rows[:, None] < M) & (block[None, :] < ROW_BLOCKS)
+    mask = exists[:, None] & (block[None, :] < ROW_BLOCKS)
     means = tl.load(ptrs, mask=mask, other=0.0)
     m2 = tl.load(ptrs + ROW_BLOCKS, mask=mask, other=0.0)
     mean = tl.sum(means * count[None, :], axis=1) / D
     delta = means - mean[:, None]
-    variance = (tl.sum(m2, axis=1) + tl.sum(delta * delta * count[None, :], axis=1)) / D
-    return mean, tl.rsqrt(variance + eps)
+    return mean, tl.sum(m2, axis=1) + tl.sum(delta * delta * count[None, :], axis=1)
+
+
+@triton.jit
+def read_moments(moments_ptr, rows, exists, D: tl.constexpr, eps, MERGED: tl.constexpr = 1):
+    """Mean and 1/√(variance + eps) of each of `rows`, or where it does not exist of zeros, fp32 `[BLOCK_M]` each.
+
+    MERGED rows of the stream, side by side, may be one row of D: their moments are merged one after the other, because
+    those of all blocks at once would hold more registers than the main loop.
+    """
+    PART: tl.constexpr = D // MERGED
+    mean, m2 = _merged_blocks(moments_ptr, rows * MERGED, exists, PART)
+    for part in tl.static_range(1, MERGED):
+        next_mean, next_m2 = _merged_blocks(moments_ptr, rows * MERGED + part, exists, PART)
+        delta = next_mean - mean
+        mean += delta / (part + 1)
+        m2 += next_m2 + delta * delta * (PART * part / (part + 1))
+    return mean, tl.rsqrt(m2 / D + eps)
 
 
 def empty_moments(rows: int, D: int, device: torch.device) -> torch.Tensor:

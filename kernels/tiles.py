@@ -228,6 +228,18 @@ def attention_default(dtype: torch.dtype, arch: str, B: int, N: int, H: int, d: 
     return config
 
 
+def attention_segments_default(
+    dtype: torch.dtype, arch: str, M: int, longest: int, H: int, d: int, sms: int = 0
+) -> Config:
+    """As `attention_default` for as many tiles, of segments with M rows in all; a low tile where even the longest is short."""
+    if longest <= 16 and dtype != torch.float32:
+        return {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 1, "num_stages": 2}
+    config = attention_default(dtype, arch, 1, M, H, d, sms)
+    if dtype == torch.float32 and d > 64:  # 96 spills on sm_80 at 64 rows
+        config |= {"BLOCK_M": min(config["BLOCK_M"], 32)}
+    return config
+
+
 # BLOCK_M, BLOCK_N, num_warps, num_stages, as in attention_default
 ATTENTION_TILES = [
     (64, 64, 4, 2),

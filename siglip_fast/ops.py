@@ -76,7 +76,8 @@ class Segments(NamedTuple):
 
     On the device `table` int32 `[S, 3]` has the same columns. `schedule` has what the triton backend's attention goes by:
     for each number of rows that a tile may have (BLOCK_M) an int32 `[tiles, 4]` of a segment's first row, the tile's first
-    query in the segment, queries and keys of the segment. `siglip_fast.running.packing` makes them.
+    query in the segment, queries and keys of the segment, whose tiles are one behind the other.
+    `siglip_fast.running.packing` makes them.
     """
 
     first: tuple[int, ...]
@@ -241,7 +242,7 @@ class Ops:
         _check_like("qkv", qkv)
         if sum(segments.queries) != len(qkv):
             raise ValueError(f"segments: expected {len(qkv)} rows in all, as qkv has, got {sum(segments.queries)}")
-        if N := segments.length:
+        if N := self._length(segments):
             return self._module.attention(qkv.contiguous().unflatten(0, (-1, N))).flatten(0, 1)
         return self._module.attention_segments(qkv.contiguous(), segments)
 
@@ -287,9 +288,14 @@ class Ops:
         if segments is None:
             return self._module.attention_pool(hidden_states.contiguous(), pool)
         _check_int32("segments.table", segments.table, (len(segments.keys), 3))
-        if N := segments.length:
+        if N := self._length(segments):
             return self._module.attention_pool(hidden_states.contiguous().unflatten(0, (-1, N)), pool)
         return self._module.attention_pool_segments(hidden_states.contiguous(), pool, segments)
+
+    def _length(self, segments: Segments) -> int | None:
+        """`Segments.length`, where equal ones may take a way of their own: batch invariant, an image's bits must not depend
+        on the sizes of the others."""
+        return None if self.batch_invariant else segments.length
 
     def _check_moments(self, moments: Tensor | None, hidden_states: Tensor, may_be_merged: bool = False) -> None:
         if self._carries_moments:

@@ -15,7 +15,7 @@ import torch
 
 from siglip_fast.kernels.attention_pool import attention_pool_config
 from siglip_fast.kernels.gemm import device_guard
-from siglip_fast.kernels.tiles import attention_default, gemm_defaults
+from siglip_fast.kernels.tiles import attention_default, attention_segments_default, gemm_defaults
 
 from .choice import Choice
 from .select import is_capturing
@@ -23,13 +23,22 @@ from .select import is_capturing
 logger = logging.getLogger("siglip_fast")
 
 BATCH_SIZES = [*range(1, 257), 512, 1024]  # between which attention changes its tiles
+PATCHES = 1024  # of an image of any size, with which every tile of the pool's appears
 # Operation: configurations of its defaults, of `siglip_fast.tuning.cache.Operation`'s dims, dtype and architecture.
 DEFAULTS: dict[str, Callable[[tuple, torch.dtype, str], Iterable[dict]]] = {
     "patch_embed": lambda dims, dtype, arch: gemm_defaults(dtype, arch, dims[1]),
+    "patch_embed_rows": lambda dims, dtype, arch: gemm_defaults(dtype, arch, dims[1]),
     "layernorm_linear": lambda dims, dtype, arch: gemm_defaults(dtype, arch, dims[1], tma=True),
+    "linear": lambda dims, dtype, arch: gemm_defaults(dtype, arch, dims[1], tma=True),
     "linear_residual": lambda dims, dtype, arch: gemm_defaults(dtype, arch, dims[1], tma=True, split=True),
     "attention": lambda dims, dtype, arch: [attention_default(dtype, arch, B, *dims) for B in BATCH_SIZES],
+    "attention_segments": lambda dims, dtype, arch: [
+        attention_segments_default(dtype, arch, M, longest, *dims) for M in (1, 1 << 20) for longest in (1, 64)
+    ],
     "attention_pool": lambda dims, dtype, arch: [attention_pool_config(dtype, arch, B, dims[0]) for B in BATCH_SIZES],
+    "attention_pool_segments": lambda dims, dtype, arch: [
+        attention_pool_config(dtype, arch, B, PATCHES) for B in BATCH_SIZES
+    ],
     "layernorm": lambda dims, dtype, arch: [],
 }
 

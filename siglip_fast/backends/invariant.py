@@ -14,12 +14,12 @@ import torch
 from siglip_fast.kernels.attention_pool import attention_pool_config
 from siglip_fast.kernels.gemm import gpu_arch
 from siglip_fast.kernels.layernorm import CONFIG
-from siglip_fast.kernels.tiles import Config, attention_default, gemm_default
+from siglip_fast.kernels.tiles import Config, attention_default, attention_segments_default, gemm_default
 
 from .choice import Choice
 
 # What the configurations suit best: by `bench/predict.py` one that suits a batch of 1 loses more at 64 than it wins.
-IMAGES, ROWS = 8, 2048
+IMAGES, ROWS, TOKENS = 8, 2048, 256  # tokens: of images of any size
 
 
 class Invariant:
@@ -53,6 +53,10 @@ class Invariant:
 def _config(name: str, dims: tuple[int, ...], dtype: torch.dtype, arch: str) -> Config | dict[str, Config]:
     if name == "attention":
         return attention_default(dtype, arch, IMAGES, *dims)
+    if name == "attention_segments":
+        return attention_segments_default(dtype, arch, ROWS, TOKENS, *dims)
+    if name == "attention_pool_segments":
+        return attention_pool_config(dtype, arch, IMAGES, TOKENS)
     if name == "attention_pool":
         return attention_pool_config(dtype, arch, IMAGES, dims[0])
     return CONFIG if name == "layernorm" else gemm_default(dtype, arch, ROWS, *dims[:2])

@@ -9,13 +9,15 @@ from typing import Any
 import torch
 
 from siglip_fast.kernels.attention import attention
-from siglip_fast.kernels.attention_pool import attention_pool
+from siglip_fast.kernels.attention_pool import attention_pool, attention_pool_segments
+from siglip_fast.kernels.attention_segments import attention_segments
 from siglip_fast.kernels.gemm import gpu_arch, input_precision
 from siglip_fast.kernels.launch import call, recording
 from siglip_fast.kernels.layernorm import layernorm
-from siglip_fast.kernels.layernorm_linear import layernorm_linear
+from siglip_fast.kernels.layernorm_linear import layernorm_linear, linear
 from siglip_fast.kernels.linear_residual import linear_residual
 from siglip_fast.kernels.patch_embed import patch_embed
+from siglip_fast.kernels.patch_rows import patch_rows
 
 from . import vendor
 from .ahead import DEFAULTS, Loader
@@ -29,7 +31,8 @@ LOADER = Loader()  # of the whole process, as Triton's kernels are
 
 class Backend:
     """The operations, each as `selection_on` its tensors' device says for its shape; without one, by default; batch
-    invariant, by one configuration for all numbers of rows."""
+    invariant, by one configuration for all numbers of rows. What only packed images or exact GELU need has no vendor's
+    route to be measured against: it runs by default, or batch invariant."""
 
     pack = staticmethod(pack)
 
@@ -53,16 +56,40 @@ class Backend:
         tensors = (patch.weight, pixel_values, position)
         return self._run("patch_embed", dims, tensors, rows, few, (pixel_values, patch, position))
 
+    def patch_embed_rows(self, pixel_rows, patch, position, rows):
+        if self._batch_invariant:
+            pixel_rows = _laid_out(pixel_rows)
+        table, index, weight = position
+        dims, tensors = (*patch.weight.shape, index.shape[1]), (patch.weight, pixel_rows, table)
+        few = lambda: (pixel_rows, patch, rows, table, index[:1], None if weight is None else weight[:1])  # noqa: E731
+        return self._run("patch_embed_rows", dims, tensors, None, few, (pixel_rows, patch, rows, table, index, weight))
+
     def layernorm_linear(self, hidden_states, moments, linear, activation, rotation):
         K = linear.weight.shape[1]
         args = (hidden_states, moments, linear, activation, rotation)
-        rows, few = hidden_states.numel() // K, lambda: (hidden_states.view(-1, K)[:1], moments[:1], *args[2:])
-        dims = (*linear.weight.shape, ACTIVATIONS.index(activation))
+        rows, dims = hidden_states.numel() // K, (*linear.weight.shape, ACTIVATIONS.index(activation))
+        merged = len(moments) // max(1, rows)
+        if activation == "erf" or rotation is not None or merged > 1:
+            rows, dims = None, (*dims, merged, rotation is not None)
+        few = lambda: (  # noqa: E731
+            hidden_states.view(-1, K)[:1], moments[:merged], linear, activation,
+            rotation and rotation._replace(place=rotation.place[:1]),
+        )  # fmt: skip
         return self._run("layernorm_linear", dims, (hidden_states, linear.weight), rows, few, args)
+
+    def linear(self, x, linear, activation):
+        dims, K = (*linear.weight.shape, ACTIVATIONS.index(activation)), linear.weight.shape[1]
+        few = lambda: (x.view(-1, K)[:1], linear, activation)  # noqa: E731
+        return self._run("linear", dims, (x,), None, few, (x, linear, activation))
 
     def attention(self, qkv):
         B, *dims = qkv.shape[:2] + qkv.shape[3:]
         return self._run("attention", tuple(dims), (qkv,), B, lambda: (qkv[:1],), (qkv,))
+
+    def attention_segments(self, qkv, segments):
+        tiles = segments.schedule.items()
+        few = lambda: (qkv, segments._replace(schedule={rows: entries[:1] for rows, entries in tiles}))  # noqa: E731
+        return self._run("attention_segments", tuple(qkv.shape[2:]), (qkv,), None, few, (qkv, segments))
 
     def linear_residual(self, x, linear, residual):
         N, K = linear.weight.shape
@@ -73,8 +100,11 @@ class Backend:
 
     def layernorm(self, hidden_states, moments, norm, rows):
         D = hidden_states.shape[-1]
+        args = (hidden_states, moments, norm, rows)
+        if rows is not None:
+            return self._run("layernorm", (D, True), (hidden_states,), None, lambda: (*args[:3], rows[:1]), args)
         count, few = hidden_states.numel() // D, lambda: (hidden_states.view(-1, D)[:1], moments[:1], norm, None)
-        return self._run("layernorm", (D,), (hidden_states,), count, few, (hidden_states, moments, norm, rows))
+        return self._run("layernorm", (D,), (hidden_states,), count, few, args)
 
     def attention_pool(self, hidden_states, pool):
         B, N, D = hidden_states.shape
@@ -82,23 +112,26 @@ class Backend:
         dims = (N, D, len(pool.scores))
         return self._run("attention_pool", dims, (hidden_states,), B, few, (hidden_states, pool))
 
-    def _run(self, name: str, dims: tuple[int, ...], tensors: tuple, rows: int, few: Callable, args: tuple):
+    def attention_pool_segments(self, hidden_states, pool, segments):
+        few = lambda: (hidden_states, pool, type(segments)(*(p[:1] for p in segments[:4]), {}))  # noqa: E731
+        dims = (hidden_states.shape[-1], len(pool.scores))
+        return self._run("attention_pool_segments", dims, (hidden_states,), None, few, (hidden_states, pool, segments))
+
+    def _run(self, name: str, dims: tuple[int, ...], tensors: tuple, rows: int | None, few: Callable, args: tuple):
         """By the choice for so many rows; before the first time, `few()` by every one that there is for any number.
 
-        `tensors`: those whose dtypes make a difference.
+        `tensors`: those whose dtypes make a difference. `rows` is None where nothing was measured, nor is to be.
         """
-        tensor, dtype = tensors[0], _dtype_of(tensors)
-        selection = self.selection(tensor.device)
+        tensor, dtype, run = tensors[0], _dtype_of(tensors), RUN.get(name) or ALONE[name]
+        selection = self.selection(tensor.device) if self._batch_invariant or rows is not None else None
         key = (name, dims, tensor.device, selection and selection.digest, *_specialised(args))
         with recording(None):  # of the forward that is running
-            LOADER.load(
-                key, tensor, lambda: _choices(name, dims, tensors, selection), lambda each: RUN[name](each, *few())
-            )
+            LOADER.load(key, tensor, lambda: _choices(name, dims, tensors, selection), lambda each: run(each, *few()))
             if selection is not None:
-                selection.settle(name, dims, dtype, rows, RUN[name], args)
+                selection.settle(name, dims, dtype, rows, run, args)
         launch = "graph" if is_for_graph() else "eager"
         choice = selection.choice(name, dims, dtype, rows, launch) if selection else DEFAULT
-        return RUN[name](choice, *args) if choice.route == "triton" else call(RUN[name], choice, *args)
+        return run(choice, *args) if choice.route == "triton" else call(run, choice, *args)
 
     def selection(self, device: torch.device) -> Any:
         """What chooses there, None where everything runs by default."""
@@ -159,16 +192,28 @@ def _run_patch_embed(choice, pixel_values, patch, position):
     return patch_embed(pixel_values, weight, bias, position, patch_size, scale, choice.config)
 
 
-def _run_layernorm_linear(choice, hidden_states, moments, linear, gelu):
+def _run_patch_embed_rows(choice, pixel_rows, patch, rows, table, index, weight):
+    return patch_rows(pixel_rows, patch.weight, patch.bias, rows, table, index, weight, choice.config)
+
+
+def _run_layernorm_linear(choice, hidden_states, moments, linear, activation, rotation):
     weight, colsum, bias, eps, _ = linear
     if choice.route != "triton":
-        return vendor.layernorm_linear(hidden_states, moments, linear, gelu)
+        return vendor.layernorm_linear(hidden_states, moments, linear, activation, rotation)
     config = _fitting(choice.config, hidden_states, weight)
-    return layernorm_linear(hidden_states, moments, weight, colsum, bias, eps, gelu, config)
+    return layernorm_linear(hidden_states, moments, weight, colsum, bias, eps, activation, rotation, config)
+
+
+def _run_linear(choice, x, of, activation):
+    return linear(x, of.weight, of.bias, activation, _fitting(choice.config, x, of.weight))
 
 
 def _run_attention(choice, qkv):
     return attention(qkv, choice.config) if choice.route == "triton" else vendor.attention(qkv, choice.route)
+
+
+def _run_attention_segments(choice, qkv, segments):
+    return attention_segments(qkv, max(segments.queries), segments.schedule, choice.config)
 
 
 def _run_linear_residual(choice, x, linear, residual):
@@ -178,16 +223,23 @@ def _run_linear_residual(choice, x, linear, residual):
     return linear_residual(x, weight, bias, residual, _fitting(choice.config, x, weight))
 
 
-def _run_layernorm(choice, hidden_states, moments, norm):
+def _run_layernorm(choice, hidden_states, moments, norm, rows):
     if choice.route != "triton":
-        return vendor.layernorm(hidden_states, moments, norm)
-    return layernorm(hidden_states, moments, *norm, choice.config)
+        return vendor.layernorm(hidden_states, moments, norm, rows)
+    return layernorm(hidden_states, moments, *norm, rows, choice.config)
 
 
 def _run_attention_pool(choice, hidden_states, pool):
     if choice.route != "triton":
         return vendor.attention_pool(hidden_states, pool)
     return attention_pool(hidden_states, pool.scores, pool.value.weight, pool.value.bias, choice.config)
+
+
+def _run_attention_pool_segments(choice, hidden_states, pool, segments):
+    scores, (weight, bias, _) = pool
+    return attention_pool_segments(
+        hidden_states, segments.table, max(segments.keys), scores, weight, bias, choice.config
+    )
 
 
 RUN = {
@@ -197,6 +249,12 @@ RUN = {
     "linear_residual": _run_linear_residual,
     "layernorm": _run_layernorm,
     "attention_pool": _run_attention_pool,
+}
+ALONE = {  # without a vendor's route
+    "patch_embed_rows": _run_patch_embed_rows,
+    "linear": _run_linear,
+    "attention_segments": _run_attention_segments,
+    "attention_pool_segments": _run_attention_pool_segments,
 }
 
 

@@ -18,6 +18,7 @@ from gates import failures
 from static import describe, launches_of
 from siglip_fast.kernels import attention as attention_module
 from siglip_fast.kernels.attention import attention
+from siglip_fast.kernels.attention_segments import attention_segments
 from siglip_fast.kernels.layernorm_linear import layernorm_linear
 from siglip_fast.kernels.linear_residual import linear_residual
 
@@ -45,7 +46,7 @@ def residual(K=1152, **changes):
 def normed(dtype=torch.bfloat16, **changes):
     x, moments = empty(64, 729, 1152, dtype=dtype), empty(64 * 729, 2, 18, dtype=torch.float32)
     folded = empty(4304, 1152), empty(4304, dtype=torch.float32), empty(4304, dtype=torch.float32)
-    layernorm_linear(x, moments, *folded, 1e-6, True, gemm | changes)
+    layernorm_linear(x, moments, *folded, 1e-6, 'tanh', config=gemm | changes)
 """
 CASES = {
     "shipped": ("gate('sm_80', residual)", "every gate holds"),
@@ -53,6 +54,12 @@ CASES = {
     "attention": (
         "for N, H, d in ((196, 12, 64), (729, 16, 72), (577, 16, 96)):\n    gate('sm_90', lambda: attention(empty(8, N, 3, H, d)))",
         "every gate holds\nevery gate holds\nevery gate holds",
+    ),
+    "segments": (
+        "entries = empty(512, 4, dtype=torch.int32)\n"
+        "for d in (64, 72, 80, 96):\n"
+        "    gate('sm_90', lambda: attention_segments(empty(65536, 3, 16, d), 4096, {128: entries}))",
+        "every gate holds\n" * 4,
     ),
     "spill": ("gate('sm_120', lambda: attention(qkv, tile(128, 128, 8, 2)))", "spills"),
     "shared-memory": ("gate('sm_86', lambda: residual(num_stages=6))", "shared memory"),
@@ -92,10 +99,10 @@ def launches(operation):
         if operation == "layernorm_linear":
             folded = empty(F, D), empty(F, dtype=f32), empty(F, dtype=f32)
             for config in layernorm_linear.layernorm_linear_configs(dtype, "sm_90", M, F, D):
-                yield lambda: layernorm_linear.layernorm_linear(x, m, *folded, 1e-6, True, config)
+                yield lambda: layernorm_linear.layernorm_linear(x, m, *folded, 1e-6, 'tanh', config=config)
         if operation == "layernorm":
             for config in layernorm.layernorm_configs():
-                yield lambda: layernorm.layernorm(x, m, empty(D), empty(D), 1e-6, config)
+                yield lambda: layernorm.layernorm(x, m, empty(D), empty(D), 1e-6, config=config)
         if operation == "attention_pool":
             weights = empty(H, D, dtype=f32), empty(D, D), empty(D)
             images = empty(M, N, D)

@@ -34,6 +34,11 @@ _TILES = "tests/kernels/test_tiles.py -k 'triton and bf16 and"
 _PERSISTENT_NORMED = f"{_TILES} test_persistent_layernorm_linear and"
 _DESCRIPTORS = "tests/kernels/test_tiles.py -k 'triton and fp16 and descriptors and"
 _AHEAD = "tests/backends/test_ahead.py -k"
+_SEGMENTS = "tests/kernels/test_attention_segments.py -k 'triton and bf16 and"
+_ROTATION = "tests/kernels/test_rotation.py -k 'triton and bf16 and accuracy and"
+_MERGED = f"{_NORMED} bf16 and merged_rows'"
+_ROWS = "tests/kernels/test_patch_rows.py -k 'triton and bf16 and accuracy and"
+_POOL_SEGMENTS = f"{_POOL} test_segments and"
 _INVARIANT = "tests/backends/test_invariant.py -k"
 _PLANS = "tests/running/test_plans.py -k"
 
@@ -92,17 +97,163 @@ _LOOP = {
     "tile-finished-before-its-last-block": ("if block == BLOCKS - 1:", "if block == BLOCKS - 2:"),
 }
 
+# What packed images need: file in kernels/, old, new, tests.
+_PACKED = {
+    "segment-at-the-first-row": (
+        "attention_segments.py",
+        "first = tl.load(entry_ptr).to(tl.int64)",
+        "first = tl.cast(0, tl.int64)",
+        f"{_SEGMENTS} around-a-block'",
+    ),
+    "segment-one-key-more": (
+        "attention_segments.py",
+        "keys = tl.load(entry_ptr + 3)",
+        "keys = tl.load(entry_ptr + 3) + 1",
+        f"{_SEGMENTS} around-a-block'",
+    ),
+    "segment-rows-that-are-no-keys": (
+        "attention_segments.py",
+        "keys = tl.load(entry_ptr + 3)",
+        "keys = queries",
+        f"{_SEGMENTS} query-only-rows'",
+    ),
+    "segment-stores-beyond-its-end": (
+        "attention_segments.py",
+        "acc0 / row_sum[:, None], rows, queries, 0,",
+        "acc0 / row_sum[:, None], rows, queries + 1, 0,",
+        f"{_SEGMENTS} around-a-block'",
+    ),
+    "segment-whole-block-of-keys-twice": (
+        "attention_segments.py",
+        "full = tl.maximum(keys - 1, 0) // BLOCK_N * BLOCK_N",
+        "full = keys // BLOCK_N * BLOCK_N",
+        f"{_SEGMENTS} around-a-block'",
+    ),
+    "segment-tiles-all-the-first": (
+        "attention_segments.py",
+        "place = before * HEADS + ",
+        "place = ",
+        f"{_SEGMENTS} query-only-rows'",
+    ),
+    "segment-tiles-of-two-orders": (
+        "attention_segments.py",
+        "rows = place % tiles * BLOCK_M",
+        "rows = before * BLOCK_M",
+        f"{_SEGMENTS} query-only-rows'",
+    ),
+    "rotation-of-halves": (
+        "rotation.py",
+        "tl.split(tl.reshape(x, [BLOCK_M, BLOCK_N // 2, 2]))",
+        "tl.split(tl.permute(tl.reshape(x, [BLOCK_M, 2, BLOCK_N // 2]), [0, 2, 1]))",
+        f"{_ROTATION} 64'",
+    ),
+    "rotation-backwards": (
+        "rotation.py",
+        "tl.join(x0 * cos - x1 * sin, x1 * cos + x0 * sin)",
+        "tl.join(x0 * cos + x1 * sin, x1 * cos - x0 * sin)",
+        f"{_ROTATION} 64'",
+    ),
+    "rotation-axes-swapped": (
+        "rotation.py",
+        "first[:, None], second[:, None]",
+        "second[:, None], first[:, None]",
+        f"{_ROTATION} 72'",
+    ),
+    "rotation-axis-of-every-second-head": (
+        "rotation.py",
+        "columns % HEAD_DIM < AXIS",
+        "columns % (2 * HEAD_DIM) < AXIS",
+        f"{_ROTATION} 72'",
+    ),
+    "rotation-of-values": ("rotation.py", "turns = columns < N // 3 * 2", "turns = columns < N", f"{_ROTATION} 80'"),
+    "rotation-of-queries-only": (
+        "rotation.py",
+        "turns = columns < N // 3 * 2",
+        "turns = columns < N // 3",
+        f"{_ROTATION} 80'",
+    ),
+    "merged-moments-of-the-first-row": (
+        "moments.py",
+        "moments_ptr, rows * MERGED + part, exists",
+        "moments_ptr, rows * MERGED, exists",
+        _MERGED,
+    ),
+    "merged-moments-of-another-row": (
+        "moments.py",
+        "mean, m2 = _merged_blocks(moments_ptr, rows * MERGED, exists",
+        "mean, m2 = _merged_blocks(moments_ptr, rows, exists",
+        _MERGED,
+    ),
+    "merged-means-alike": ("moments.py", " + delta * delta * (PART * part / (part + 1))", "", _MERGED),
+    "erf-of-another-argument": (
+        "gemm.py",
+        "tl.erf(x * 0.7071067811865476)",
+        "tl.erf(x * 0.7978845608)",
+        f"{_NORMED} bf16 and exact_gelu'",
+    ),
+    "layernorm-rows-ignored": (
+        "layernorm.py",
+        "source = tl.load(rows_ptr + rows, mask=exists, other=0).to(tl.int64)",
+        "source = rows",
+        "tests/kernels/test_layernorm.py -k 'triton and bf16 and test_rows and some'",
+    ),
+    "layernorm-moments-of-other-rows": (
+        "layernorm.py",
+        "read_moments(moments_ptr, source,",
+        "read_moments(moments_ptr, rows,",
+        "tests/kernels/test_layernorm.py -k 'triton and bf16 and test_rows and some'",
+    ),
+    "patch-rows-ignored": (
+        "patch_rows.py",
+        "source = row if rows_ptr is None else",
+        "source = row if True else",
+        f"{_ROWS} few-of-many'",
+    ),
+    "patch-rows-taps-weigh-one": ("patch_rows.py", "if weight_ptr is not None:", "if False:", f"{_ROWS} few-of-many'"),
+    "patch-rows-one-tap": ("patch_rows.py", "in range(TAPS):", "in range(1):", f"{_ROWS} few-of-many'"),
+    "patch-rows-positions-of-the-rows": (
+        "patch_rows.py",
+        "tl.load(index_ptr + row * TAPS + tap)",
+        "tl.load(index_ptr + row * TAPS)",
+        f"{_ROWS} few-of-many'",
+    ),
+    "pool-of-queries": (
+        "attention_pool.py",
+        "tl.load(table_ptr + 3 * batch + 2)",
+        "tl.load(table_ptr + 3 * batch + 1)",
+        f"{_POOL_SEGMENTS} uneven'",
+    ),
+    "pool-of-the-first-rows": (
+        "attention_pool.py",
+        "first = tl.load(table_ptr + 3 * batch).to(tl.int64)",
+        "first = tl.cast(0, tl.int64)",
+        f"{_POOL_SEGMENTS} uneven'",
+    ),
+    "pool-maximum-of-no-keys": (
+        "attention_pool.py",
+        "head_max = tl.where(split * BLOCK_N < N, head_max, 0.0)",
+        "head_max = head_max",
+        f"{_POOL_SEGMENTS} uneven'",
+    ),
+    "pool-mean-of-no-keys": (
+        "attention_pool.py",
+        "head_sum = tl.maximum(head_sum, 1.0)",
+        "head_sum = head_sum",
+        f"{_POOL_SEGMENTS} uneven'",
+    ),
+}
+
 MUTANTS = {
     "stream-rounded-around-its-mean": Mutant(
         "kernels/layernorm_linear.py",
-        "CENTRED=x.dtype == torch.float32",
-        "CENTRED=weight.dtype == torch.float32",
+        "centred = moments is not None and x.dtype",
+        "centred = moments is not None and weight.dtype",
         f"{_STREAM} layernorm_linear and 37 and plain'",
     ),
     "stream-mean-taken-out-twice": Mutant(
         "kernels/layernorm_linear.py",
-        "        if not CENTRED:\n            colsum",
-        "        if True:\n            colsum",
+        "None if centred else colsum",
+        "colsum",
         f"{_STREAM} layernorm_linear and 37 and plain'",
     ),
     "stream-rounded-after-the-residual": Mutant(
@@ -307,8 +458,8 @@ MUTANTS = {
     ),
     "layernorm-eps-of-its-own": Mutant(
         "kernels/layernorm_linear.py",
-        "# [BLOCK_M]\n        mean, rstd = read_moments(moments_ptr, row + tl.arange(0, BLOCK_M), M, K, eps)",
-        "# [BLOCK_M]\n        mean, rstd = read_moments(moments_ptr, row + tl.arange(0, BLOCK_M), M, K, 1e-6)",
+        "# [BLOCK_M]\n        mean, rstd = _mean_and_rstd(moments_ptr, row, M, K, eps,",
+        "# [BLOCK_M]\n        mean, rstd = _mean_and_rstd(moments_ptr, row, M, K, 1e-6,",
         f"{_NORMED} bf16 and eps'",
     ),
     "residual-moments-of-the-unrounded-value": Mutant(
@@ -395,14 +546,14 @@ MUTANTS = {
     ),
     "moments-merged-without-the-spread-of-the-means": Mutant(
         "kernels/moments.py",
-        "(tl.sum(m2, axis=1) + tl.sum(delta * delta * count[None, :], axis=1)) / D",
-        "tl.sum(m2, axis=1) / D",
+        "tl.sum(m2, axis=1) + tl.sum(delta * delta * count[None, :], axis=1)",
+        "tl.sum(m2, axis=1)",
         "tests/kernels/test_layernorm.py -k 'triton and bf16 and 3-72'",
     ),
     "moments-without-eps": Mutant(
         "kernels/moments.py",
-        "tl.rsqrt(variance + eps)",
-        "tl.rsqrt(variance)",
+        "tl.rsqrt(m2 / D + eps)",
+        "tl.rsqrt(m2 / D)",
         "tests/kernels/test_layernorm.py -k 'triton and bf16 and constant'",
     ),
     "patch-k-tail-not-masked": Mutant(
@@ -494,14 +645,14 @@ MUTANTS = {
     ),
     "persistent-moments-of-the-first-rows": Mutant(
         "kernels/layernorm_linear.py",
-        "                mean, rstd = read_moments(moments_ptr, row + tl.arange",
-        "                mean, rstd = read_moments(moments_ptr, tl.arange",
+        "                mean, rstd = _mean_and_rstd(moments_ptr, row,",
+        "                mean, rstd = _mean_and_rstd(moments_ptr, 0,",
         f"{_PERSISTENT_NORMED} five'",
     ),
     "persistent-eps-of-its-own": Mutant(
         "kernels/layernorm_linear.py",
-        "                mean, rstd = read_moments(moments_ptr, row + tl.arange(0, BLOCK_M), M, K, eps)",
-        "                mean, rstd = read_moments(moments_ptr, row + tl.arange(0, BLOCK_M), M, K, 1e-6)",
+        "                mean, rstd = _mean_and_rstd(moments_ptr, row, M, K, eps,",
+        "                mean, rstd = _mean_and_rstd(moments_ptr, row, M, K, 1e-6,",
         f"{_PERSISTENT_NORMED} five'",
     ),
     "persistent-rows-not-clamped": Mutant(
@@ -626,6 +777,14 @@ MUTANTS = {
         f"plan-{name}": Mutant(f"siglip_fast/{file}", old, new, f"{_PLANS} {tests}", interpreted=True)
         for name, (file, old, new, tests) in _PLANNED.items()
     },
+    **{f"packed-{name}": Mutant(f"kernels/{file}", *edit) for name, (file, *edit) in _PACKED.items()},
+    "invariant-equal-images-their-own-way": Mutant(
+        "siglip_fast/ops.py",
+        "return None if self.batch_invariant else segments.length",
+        "return segments.length",
+        "tests/kernels/test_attention_segments.py -k 'fp16 and test_bits'",
+        interpreted=True,
+    ),
     # The mode is asked for, and configurations depend on the number of rows all the same.
     **{
         f"invariant-by-the-rows-{name}": Mutant(

@@ -14,6 +14,7 @@ GATE = {
     "models/test_hidden_states.py": r"triton",
     "models/test_idefics.py": r"triton-(?!16-24)",
     "kernels/test_attention.py": r"triton-(so400m-384|so400m-448|giant)",
+    "kernels/test_attention_segments.py": r"fp32-triton-a-long-one|every_default_tile",
     "kernels/test_attention_pool.py": r"triton-(So400m-384|B16-224)",
     "kernels/test_configs.py": r"",
     "kernels/test_layernorm_linear.py": r"fp(32|16)-triton-(so400m|giant|large)|fp32-triton-base",

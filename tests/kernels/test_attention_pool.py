@@ -5,6 +5,7 @@ import copy
 import pytest
 import reference
 import torch
+from packed import segments_of
 from siglip_fast.kernels.attention_pool import attention_pool_config
 from torch import nn
 from transformers import SiglipVisionConfig
@@ -31,7 +32,9 @@ def make(D, H, dtype, device):
     return head.to(device, dtype).requires_grad_(False)
 
 
-def check(head, y, backend):
+def check(head, y, backend, out=None):
+    """`out` or what the backend makes of `y [B, N, D]`."""
+
     def attend(head, y):
         probe = head.probe.expand(len(y), 1, -1)
         attention = head.attention
@@ -39,8 +42,9 @@ def check(head, y, backend):
         attention.out_proj.bias.zero_()
         return attention(probe, y, y)[0][:, 0]
 
-    ops = Ops(backend)
-    out = ops.attention_pool(y, Maker(ops, y.dtype, tokens=1).head(head).pool)
+    if out is None:
+        ops = Ops(backend)
+        out = ops.attention_pool(y, Maker(ops, y.dtype, tokens=1).head(head).pool)
     same_dtype = attend(copy.deepcopy(head), y)
     reference.assert_accurate(out, attend(copy.deepcopy(head).double(), y.double()), same_dtype)
 
@@ -95,3 +99,53 @@ def splits_and_slots(N, dtype):
     """33: 3 splits where the value projection has place for 4; 261: 17, one more than it takes at a time."""
     config = attention_pool_config(dtype, "", 3, N)
     assert (config["pool"]["BLOCK_N"], config["value"]["BLOCK_M"]) == (16, 16)
+
+
+LENGTHS = [  # keys, and rows that are none, of each image
+    pytest.param([5, 130, 1, 33], [1, 0, 3, 7], id="uneven"),
+    pytest.param([270, 2], None, id="more-splits-than-a-tile"),
+    pytest.param([37, 37, 37], None, id="equal"),
+]
+
+
+@pytest.mark.parametrize("keys, extra", LENGTHS)
+def test_segments(keys, extra, dtype, backend, device):
+    """Every score of an image is below 0, those of its neighbours and of the rows that are no keys far above it."""
+    torch.manual_seed(0)
+    head = make(64, 2, dtype, device)
+    scores = scores_weight(head, backend).mean(0)
+    segments = segments_of(keys, device, extra)
+    y = torch.randn(sum(segments.queries), 64).to(device) * 0.1
+    for i, (first, queries, count) in enumerate(zip(*segments[:3], strict=True)):
+        y[first : first + queries] += (40 if i % 2 else -40) * scores / scores.norm()
+        y[first + count : first + queries] -= (80 if i % 2 else -80) * scores / scores.norm()
+    y = y.to(dtype)
+    ops = Ops(backend)
+    pool = Maker(ops, dtype, tokens=1).head(head).pool
+    out = ops.attention_pool(y, pool, segments)
+    for image, first, count in zip(out, segments.first, segments.keys, strict=True):
+        check(head, y[first : first + count][None], backend, image[None])
+
+
+@pytest.mark.parametrize("backend", ["triton"])
+def test_bits_do_not_depend_on_the_other_segments(dtype, backend, device):
+    """Batch invariant, whatever their lengths, and though one alone is of one size with itself."""
+    torch.manual_seed(0)
+    keys, ops = [5, 270, 40], Ops(backend, batch_invariant=True)
+    pool = Maker(ops, dtype, tokens=1).head(make(64, 2, dtype, device)).pool
+    y = torch.randn(sum(keys), 64).to(device, dtype)
+    together = ops.attention_pool(y, pool, segments_of(keys, device))
+    for part, expected, length in zip(y.split(keys), together, keys, strict=True):
+        assert torch.equal(ops.attention_pool(part, pool, segments_of([length], device))[0], expected)
+
+
+@pytest.mark.parametrize("backend", ["triton"])
+def test_an_entry_of_zeros_harms_no_other(dtype, backend, device):
+    torch.manual_seed(0)
+    ops, segments = Ops(backend), segments_of([40, 3], device)
+    pool = Maker(ops, dtype, tokens=1).head(make(64, 2, dtype, device)).pool
+    y = torch.randn(43, 64).to(device, dtype)
+    longer = {name: (*getattr(segments, name), 0) for name in ("first", "queries", "keys")}
+    table = torch.cat([segments.table, segments.table.new_zeros(1, 3)])
+    out = ops.attention_pool(y, pool, segments._replace(**longer, table=table))
+    assert torch.equal(out[:2], ops.attention_pool(y, pool, segments)) and out.isfinite().all()

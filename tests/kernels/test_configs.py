@@ -76,7 +76,7 @@ def test_layernorm_linear(M, dtype, backend, device):
     expected = reference.linear(reference.layernorm(x, norm.weight, norm.bias, norm.eps), weight, bias)
     expected, same_dtype = reference.gelu_tanh(expected), F.linear(norm(x), weight, bias)
     same_dtype = F.gelu(same_dtype, approximate="tanh")
-    check(configs, lambda c: [layernorm_linear(x, moments, *folded, True, c)], expected, same_dtype)
+    check(configs, lambda c: [layernorm_linear(x, moments, *folded, "tanh", config=c)], expected, same_dtype)
 
 
 @pytest.mark.parametrize("M", [37, 70])
@@ -100,7 +100,7 @@ def test_layernorm(dtype, backend, device):
     moments = reference.moments(x).float()
     expected = reference.layernorm(x, weight, bias, 1e-6)
     same_dtype = F.layer_norm(x, (1160,), weight, bias, 1e-6)
-    launch = lambda c: [layernorm(x, moments, weight, bias, 1e-6, c)]  # noqa: E731
+    launch = lambda c: [layernorm(x, moments, weight, bias, 1e-6, config=c)]  # noqa: E731
     check(layernorm_configs(), launch, expected, same_dtype)
 
 

@@ -1,4 +1,4 @@
-"""layernorm_linear against LayerNorm, Linear and GELU in float64."""
+"""layernorm_linear, and linear, against LayerNorm, Linear and GELU in float64."""
 
 import pytest
 import reference
@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from siglip_fast.models.weights import Maker
-from siglip_fast.ops import Ops
+from siglip_fast.ops import Linear, Ops
 
 SHAPES = [  # M, K, N
     *(pytest.param(M, 768, 136, id=f"M-{M}") for M in (1, 3, 127, 128, 129, 196, 197, 729)),
@@ -95,3 +95,38 @@ def test_a_row_does_not_depend_on_its_batch(dtype, backend, device):
     together = Ops(backend).layernorm_linear(x, moments_of(x, backend), folded)
     alone = Ops(backend).layernorm_linear(x[130:], moments_of(x[130:], backend), folded)
     assert torch.equal(together[130:], alone)
+
+
+@pytest.mark.parametrize("M, K, N", [(3, 128, 136), (70, 72, 100)])
+def test_exact_gelu(M, K, N, dtype, backend, device):
+    x, norm, weight, bias = make(M, K, N, dtype, device)
+    folded = fold(norm, weight, bias, backend, tokens=M)
+    out = Ops(backend).layernorm_linear(x, moments_of(x, backend), folded, "erf")
+    expected = reference.linear(reference.layernorm(x, norm.weight, norm.bias, norm.eps), weight, bias)
+    reference.assert_accurate(out, F.gelu(expected), F.gelu(F.linear(norm(x), weight, bias)))
+
+
+@pytest.mark.parametrize("merged, D", [(4, 64), (4, 192), (2, 128)])
+def test_merged_rows(merged, D, dtype, backend, device):
+    """Several rows of the stream side by side, of very different means and deviations, normalised as one."""
+    M, K = 37, merged * D
+    x, norm, weight, bias = make(M, K, 100, dtype, device)
+    scale = torch.tensor([1.0, 5.0, 0.1, 20.0])[:merged]
+    parts = x.float().cpu().view(M, merged, D) * scale[:, None] - 30 * scale.flip(0)[:, None]
+    x = parts.reshape(M, K).to(device, dtype)
+    out = Ops(backend).layernorm_linear(
+        x, moments_of(x.view(-1, D), backend), fold(norm, weight, bias, backend, tokens=M), "erf"
+    )
+    expected = reference.linear(reference.layernorm(x, norm.weight, norm.bias, norm.eps), weight, bias)
+    reference.assert_accurate(out, F.gelu(expected), F.gelu(F.linear(norm(x), weight, bias)))
+
+
+@pytest.mark.parametrize("activation", [None, "tanh", "erf"])
+@pytest.mark.parametrize("M, K, N", [(3, 128, 136), (70, 72, 100)])
+def test_without_layernorm(M, K, N, activation, dtype, backend, device):
+    x, _, weight, bias = make(M, K, N, dtype, device)
+    x = (x / 300).to(dtype)  # so that GELU is more than a step
+    approximate = {"tanh": "tanh", "erf": "none"}.get(activation)
+    form = (lambda y: y) if activation is None else lambda y: F.gelu(y, approximate=approximate)
+    out = Ops(backend).linear(x, Linear(weight, bias), activation)
+    reference.assert_accurate(out, form(reference.linear(x, weight, bias)), form(F.linear(x, weight, bias)))

@@ -40,7 +40,8 @@ def test_persistent_layernorm_linear(M, N, K, arch, dtype, backend, device, two_
     folded = fold(norm, weight, bias, dtype)[:4]
     moments = reference.moments(x).float()
     one, persistent = (
-        layernorm_linear(x, moments, *folded, True, TILE | {"PERSISTENT": persistent}) for persistent in (False, True)
+        layernorm_linear(x, moments, *folded, "tanh", config=TILE | {"PERSISTENT": persistent})
+        for persistent in (False, True)
     )
     assert torch.equal(one, persistent)
     expected = reference.gelu_tanh(
@@ -78,7 +79,7 @@ def test_persistent_tensor_descriptors(M, N, K, dtype, backend, device, two_mult
     x, weight, bias, stream = _linear(M, N, K, dtype, device)
     folded, moments = (weight, weight.float().sum(1), bias.float(), 1e-6), reference.moments(x).float()
     pointers, descriptors = TILE | {"PERSISTENT": True}, TILE | {"PERSISTENT": True, "TMA": True}
-    normed = [layernorm_linear(x, moments, *folded, True, tile) for tile in (pointers, descriptors)]
+    normed = [layernorm_linear(x, moments, *folded, "tanh", config=tile) for tile in (pointers, descriptors)]
     assert torch.equal(*normed)
     added = [linear_residual.linear_residual(x, weight, bias, stream, tile) for tile in (pointers, descriptors)]
     assert all(map(torch.equal, *added))

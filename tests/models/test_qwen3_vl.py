@@ -20,7 +20,7 @@ from siglip_fast.models.packed import together
 from siglip_fast.running import grids as on_grids
 
 # "triton", too, once its kernels take packed rows
-every_backend = pytest.mark.parametrize("backend", ["torch", "cpu", "cpu-avx2"], indirect=True)
+every_backend = pytest.mark.parametrize("backend", ["torch", "cpu", "cpu-avx2", "triton"], indirect=True)
 NAMES = [cls.__name__ for cls in qwen3_vl.installed()]
 TINY = {"depth": 3, "hidden_size": 64, "intermediate_size": 100, "num_heads": 2, "out_hidden_size": 48}
 TINY |= {"patch_size": 4, "num_position_embeddings": 100}
