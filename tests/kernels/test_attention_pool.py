@@ -32,19 +32,17 @@ def make(D, H, dtype, device):
     return head.to(device, dtype).requires_grad_(False)
 
 
-def check(head, y, backend, out=None):
-    """`out` or what the backend makes of `y [B, N, D]`."""
+def attend(head, y):
+    probe = head.probe.expand(len(y), 1, -1)
+    attention = head.attention
+    attention.out_proj.weight.copy_(torch.eye(y.shape[-1]))
+    attention.out_proj.bias.zero_()
+    return attention(probe, y, y)[0][:, 0]
 
-    def attend(head, y):
-        probe = head.probe.expand(len(y), 1, -1)
-        attention = head.attention
-        attention.out_proj.weight.copy_(torch.eye(y.shape[-1]))
-        attention.out_proj.bias.zero_()
-        return attention(probe, y, y)[0][:, 0]
 
-    if out is None:
-        ops = Ops(backend)
-        out = ops.attention_pool(y, Maker(ops, y.dtype, tokens=1).head(head).pool)
+def check(head, y, backend):
+    ops = Ops(backend)
+    out = ops.attention_pool(y, Maker(ops, y.dtype, tokens=1).head(head).pool)
     same_dtype = attend(copy.deepcopy(head), y)
     reference.assert_accurate(out, attend(copy.deepcopy(head).double(), y.double()), same_dtype)
 
@@ -123,8 +121,9 @@ def test_segments(keys, extra, dtype, backend, device):
     ops = Ops(backend)
     pool = Maker(ops, dtype, tokens=1).head(head).pool
     out = ops.attention_pool(y, pool, segments)
-    for image, first, count in zip(out, segments.first, segments.keys, strict=True):
-        check(head, y[first : first + count][None], backend, image[None])
+    images = [y[first : first + count][None] for first, count in zip(segments.first, segments.keys, strict=True)]
+    expected = torch.cat([attend(copy.deepcopy(head).double(), image.double()) for image in images])
+    reference.assert_accurate(out, expected, torch.cat([attend(copy.deepcopy(head), image) for image in images]))
 
 
 @pytest.mark.parametrize("backend", ["triton"])
