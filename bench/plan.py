@@ -17,7 +17,10 @@ KERNELS = ("patch_embed", "layernorm_linear", "attention", "linear_residual", "l
 # In the order in which they are begun, should the time not do: "load" hands them out so
 TESTS = (*(f"kernels/test_{name}.py" for name in KERNELS), "models/test_siglip.py", "models/test_weights.py",
          "running/test_plans.py", "running/test_graphs.py", "running/test_traced.py", "kernels/test_configs.py")  # fmt: skip
-# Of those, in a short run. The cpu and torch backends are no GPU's business, nor are models of full size, which the
+# Images of any size, in a full run: the short ones have no time for them yet.
+PACKED_TESTS = (*(f"kernels/test_{name}.py" for name in ("attention_segments", "patch_rows", "rotation")),
+                "models/test_siglip2.py", "models/test_qwen3_vl.py")  # fmt: skip
+# Of TESTS, in a short run. The cpu and torch backends are no GPU's business, nor are models of full size, which the
 # benchmark compares too; of torch.compile's tests those that do not compile again and again.
 ON_GPU = (
     "not (cpu or torch-) and not (published or full_depth or real_width or deep_model or giant- or large-)"
@@ -51,6 +54,8 @@ def stages(extent: str, on_gpu: bool, imitated: bool, workers: int, out: Path) -
     if extent != "quick" or not on_gpu:
         found.append(_bench("kernels", rows, 100, compiler))
     found.append(_bench("model", rows, SECONDS[extent], compiler))
+    if not short:
+        found.append(_bench("packed", rows, SECONDS[extent], compiler))
     if on_gpu and not imitated and not short:
         found = [stage._replace(seconds=20_000) for stage in found]
     report = (str(REPO / "bench/report.py"), rows, "--out", str(out))
@@ -64,7 +69,7 @@ def _tests(short: bool, on_gpu: bool, imitated: bool, workers: int) -> tuple[str
     plugin = ("-p", "imitated_gpu") if imitated else ()
     marked = "not slow and not mutants" if short else "not mutants"
     return (*PYTEST, "-o", "addopts=--import-mode=importlib", *plugin, *parallel, "-m", marked, *chosen,
-            *(str(REPO / "tests" / name) for name in TESTS))  # fmt: skip
+            *(str(REPO / "tests" / name) for name in (TESTS if short else (*TESTS, *PACKED_TESTS))))  # fmt: skip
 
 
 def _tuned(short: bool) -> list[tuple[str, str, tuple[str, ...]]]:
