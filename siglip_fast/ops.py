@@ -77,7 +77,8 @@ class Segments(NamedTuple):
     On the device `table` int32 `[S, 3]` has the same columns. `schedule` has what the triton backend's attention goes by:
     for each number of rows that a tile may have (BLOCK_M) an int32 `[tiles, 4]` of a segment's first row, the tile's first
     query in the segment, queries and keys of the segment, whose tiles are one behind the other.
-    `siglip_fast.running.packing` makes them.
+    `siglip_fast.running.packing` makes them. `length` is that of all segments where they are images of one size, one behind
+    the other, without padding.
     """
 
     first: tuple[int, ...]
@@ -85,13 +86,7 @@ class Segments(NamedTuple):
     keys: tuple[int, ...]
     table: Tensor
     schedule: Mapping[int, Tensor]
-
-    @property
-    def length(self) -> int | None:
-        """Of all segments, where they are images of one size, one behind the other, without padding; else None."""
-        n = self.keys[0]
-        equal = set(self.queries) == set(self.keys) == {n} and self.first == (*range(0, n * len(self.first), n),)
-        return n if equal else None
+    length: int | None = None
 
 
 class Position(NamedTuple):
