@@ -26,7 +26,16 @@ def test_import_is_light(tmp_path):
 def test_dir_lists_the_public_names(tmp_path):
     names = run("import siglip_fast.models.swap; print(*dir(siglip_fast))", tmp_path).split()
     assert sorted(names) == sorted(
-        ["SiglipVisionModel", "apply_to", "restore", "towers", "register", "unregister", "__version__"]
+        [
+            "SiglipVisionModel",
+            "Siglip2VisionModel",
+            "apply_to",
+            "restore",
+            "towers",
+            "register",
+            "unregister",
+            "__version__",
+        ]
     )
     run("import siglip_fast; assert all(hasattr(siglip_fast, name) for name in siglip_fast.__all__)", tmp_path)
 
