@@ -102,10 +102,14 @@ class Siglip2Tower(Traced, Packed):
         return sizes if alike else "the rows that pad an image differ from each other"
 
     def _unusual(self, pixel_values: Tensor, mask: Any, shapes: Any) -> str | None:
-        weight, B = self._patch_weight(), len(pixel_values)
-        if pixel_values.ndim != 3 or pixel_values.shape[2] != weight.shape[1] or not pixel_values.is_floating_point():
-            return f"pixel_values are {pixel_values.dtype}, {list(pixel_values.shape)}, not [batch, rows, {weight.shape[1]}]"
-        if type(shapes) is not Tensor or shapes.shape != (B, 2) or shapes.dtype not in (torch.int64, torch.int32):
+        K, shape = self._patch_weight().shape[1], pixel_values.shape
+        if len(shape) != 3 or shape[2] != K or not shape[1] or not pixel_values.is_floating_point():
+            return f"pixel_values are {pixel_values.dtype}, {list(shape)}, not [batch, rows, {K}]"
+        if (
+            type(shapes) is not Tensor
+            or shapes.shape != (shape[0], 2)
+            or shapes.dtype not in (torch.int64, torch.int32)
+        ):
             return "spatial_shapes are no integer tensor [batch, 2]"
         if mask is not None and (type(mask) is not Tensor or mask.shape != pixel_values.shape[:2]):
             return f"{self.mask_name} is no tensor [batch, rows]"

@@ -242,8 +242,10 @@ class TestDelegated:
             {"spatial_shapes": torch.tensor([[5, 5]] * 6)},
             {"pixel_values": torch.zeros(6, 16, K + 1)},
             {"pixel_values": torch.zeros(6, 16)},
+            {"pixel_values": torch.zeros(6, 0, K)},
+            {"pixel_values": torch.zeros(())},
         ],
-        ids=["nothing", "too many", "other patches", "flat"],
+        ids=["nothing", "too many", "other patches", "flat", "no rows", "a number"],
     )
     @torch.no_grad()
     def test_errors_are_those_of_stock(self, wrong, stock, inputs):
