@@ -108,7 +108,7 @@ class TestEmbed:
 
 
 class TestInfo:
-    @pytest.mark.parametrize("backend", ["torch", "cpu"])
+    @pytest.mark.parametrize("backend", ["torch", "cpu", "triton"])
     def test_each_operation_is_right(self, tiny_variant, capsys, backend):
         assert main(["info", "--random-weights", tiny_variant, "--device", "cpu", "--backend", backend]) == 0
         out = capsys.readouterr().out
