@@ -80,7 +80,7 @@ CASES = {
         "attention_module.input_precision = lambda dtype: 'ieee'\n"
         "qkv = qkv.float()\n"
         "gate('sm_90', lambda: attention(qkv, tile(32, 16, 8, 2)))",
-        "no HGMMA",
+        "no HMMA",
     ),
 }
 
