@@ -20,8 +20,6 @@ GATE = {
     "cli/test_naflex.py": r"is_right\[triton",
     "models/test_qwen3_vl.py": r"fp16-\w*-triton|fp32-(videos|equal)-triton|test_traced",
     "models/test_siglip2.py": r"test_accuracy\[.*triton|triton-63 to 65|stock_is_traced",
-    "kernels/test_layernorm_linear.py": r"fp(32|16)-triton-(so400m|giant|large)|fp32-triton-base",
-    "kernels/test_linear_residual.py": r"fp(32|16)-triton-(so400m|giant|large)|fp32-triton-base",
     "kernels/test_patch_embed.py": r"triton-(giant|base-patch32)",
     "test_ops.py": r"fp32_dot_precision",
     "models/test_batch_invariance.py": r"test_(?!bytes)\w*\[triton",
@@ -49,8 +47,8 @@ SLOW = {
     "models/test_siglip.py": r"full_depth\[triton|on_triton\[(large|so400m)|real_width\[triton",
     "models/test_qwen3_vl.py": r"long-triton|fp32-uneven-triton",
     "kernels/test_configs.py": r"\[fp(32|16)",
-    "kernels/test_layernorm_linear.py": r"fp(32|16)-triton-(giant|large)",
-    "kernels/test_linear_residual.py": r"fp(32|16)-triton-(giant|large)",
+    "kernels/test_layernorm_linear.py": r"fp(32|16)-triton-(so400m|giant|large)|fp32-triton-base",
+    "kernels/test_linear_residual.py": r"fp(32|16)-triton-(so400m|giant|large)|fp32-triton-base",
 }
 
 
