@@ -5,7 +5,9 @@ from typing import NamedTuple
 import torch
 from environment import DEVICE, IMITATED
 from torch import Tensor
-from transformers import PretrainedConfig, Siglip2VisionConfig
+from transformers import PretrainedConfig, Siglip2VisionConfig, Siglip2VisionModel
+from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLVisionConfig
+from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
 
 Grid = tuple[int, int, int]  # frames, and patches by height and width
 
@@ -38,7 +40,7 @@ class PackedCase(NamedTuple):
         return f"{self.tower}-{self.mix}-{self.dtype}"
 
 
-TOWERS = {"siglip2-base-naflex": "Siglip2VisionModel", "qwen3-vl-1024": "Qwen3VLVisionModel"}
+TOWERS = {"siglip2-base-naflex": Siglip2VisionModel, "qwen3-vl-1024": Qwen3VLVisionModel}
 _LAYERS = 2 if IMITATED else 4 if DEVICE == "cpu" else None  # None: all. A layer is as fast as any other
 _BATCHES = {
     "cpu": [("siglip2-base-naflex", "album-256"), ("siglip2-base-naflex", "mixed-256"), ("qwen3-vl-1024", "album")],
@@ -56,8 +58,6 @@ def config_of(tower: str) -> PretrainedConfig:
         config = Siglip2VisionConfig()
         config.num_hidden_layers = _LAYERS or config.num_hidden_layers
         return config
-    from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLVisionConfig
-
     sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_heads": 16, "depth": 24, "out_hidden_size": 2560}
     config = Qwen3VLVisionConfig(**sizes, deepstack_visual_indexes=[5, 11, 17])
     if _LAYERS:

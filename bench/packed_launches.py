@@ -11,11 +11,11 @@ taken to be on the device. Nothing is timed.
 
 import argparse
 import contextlib
-import copy
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from unittest import mock
 
+import peers
 import torch
 import transformers
 from torch import Tensor
@@ -92,8 +92,7 @@ def waits() -> Iterator[list[str]]:
 def count(make: Callable, ours: bool) -> tuple[int, int]:
     """Kernels and waits of a forward that is not the first."""
     config, stock, inputs = make()
-    torch.manual_seed(0)
-    model = stock._from_config(copy.deepcopy(config), attn_implementation="sdpa").eval()
+    model = peers.stock(config, "sdpa", torch.float32, architecture=stock)
     if ours:
         siglip_fast.apply_to(model, backend="triton", strict=True)
     # Under the mode that counts ours would rather run stock's code.

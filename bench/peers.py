@@ -28,9 +28,15 @@ class Missing(Exception):
     """Why the peer cannot be had here."""
 
 
-def stock(config, attention: str, dtype: torch.dtype, device: torch.device | None = None) -> nn.Module:
+def stock(
+    config,
+    attention: str,
+    dtype: torch.dtype,
+    device: torch.device | None = None,
+    architecture: type[transformers.PreTrainedModel] = transformers.SiglipVisionModel,
+) -> nn.Module:
     torch.manual_seed(0)
-    make = transformers.SiglipVisionModel._from_config
+    make = architecture._from_config
     with device or contextlib.nullcontext():  # drawn there: on a CPU it takes seconds a peer
         return make(copy.deepcopy(config), attn_implementation=attention).to(dtype).eval()
 

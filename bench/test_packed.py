@@ -4,7 +4,6 @@ Cases are in bench/packed_cases.py; on a CPU towers have four layers. Each candi
 eager's in float32, then all are timed in turns. No time is asserted.
 """
 
-import copy
 import functools
 import importlib.util
 
@@ -14,7 +13,6 @@ import peers
 import pytest
 import rounds
 import torch
-import transformers
 from test_model import TOLERANCE, TURNS
 from torch import nn
 
@@ -22,11 +20,8 @@ import siglip_fast
 
 
 def stock(case, config, attention: str, dtype: torch.dtype) -> nn.Module:
-    torch.manual_seed(0)
-    name = packed_cases.TOWERS[case.tower]
-    cls = getattr(transformers, name, None) or getattr(transformers.models.qwen3_vl.modeling_qwen3_vl, name)
-    with torch.device(environment.DEVICE):
-        return cls._from_config(copy.deepcopy(config), attn_implementation=attention).to(dtype).eval()
+    architecture = packed_cases.TOWERS[case.tower]
+    return peers.stock(config, attention, dtype, torch.device(environment.DEVICE), architecture)
 
 
 def flash(case, config, dtype):
