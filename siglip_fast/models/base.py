@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 
 try:
     from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
@@ -182,6 +183,21 @@ class Fused(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name not in MADE}
+
+
+class Built(Fused):
+    """A fast class that is built from a config, as transformers builds the stock one."""
+
+    def __init__(
+        self,
+        config: PretrainedConfig,
+        *,
+        backend: str | None = None,
+        strict: bool = False,
+        batch_invariant: bool | None = None,
+    ):
+        super().__init__(config)
+        self.become_fast(backend, strict, batch_invariant)
 
 
 def checked_backend(backend: str | None) -> str:

@@ -10,26 +10,21 @@ from typing import ClassVar, get_args
 
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.idefics3 import modeling_idefics3
 from transformers.models.smolvlm import modeling_smolvlm
 
 from ..backends.select import is_capturing
 from .anatomy import of_transformers
-from .base import Fused
+from .base import Built
 from .outputs import asked_for, in_asked_form
 from .reasons import attention_reasons, keyword_reasons
 
 
-class IdeficsTower(Fused):
+class IdeficsTower(Built):
     """What makes such a tower fast: mixed into the stock class, before it."""
 
     output_class: ClassVar[type[BaseModelOutput]]
-
-    def __init__(self, config: PretrainedConfig):
-        super().__init__(config)
-        self.become_fast(backend=None, strict=False, batch_invariant=None)
 
     def forward(
         self, pixel_values: Tensor, patch_attention_mask: Tensor | None = None, **kwargs

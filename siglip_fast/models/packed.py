@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from ..backends.select import is_capturing
-from ..forward import PackedOutputs
 from ..running.packing import TILE_ROWS
 from .base import Fused
 from .outputs import HiddenStates, asked_for
@@ -83,13 +82,12 @@ def together(lengths: Sequence[int], most: int | None) -> list[slice]:
     return [slice(*ends) for ends in zip(ends, [*ends[1:], len(lengths)], strict=True)]
 
 
-def in_order_of(parts: list[PackedOutputs]) -> PackedOutputs:
-    """One after the other."""
-    if len(parts) == 1:
-        return parts[0]
-    hidden, pooled, features = zip(*parts, strict=True)
-    return PackedOutputs(
-        torch.cat(hidden),
-        None if pooled[0] is None else torch.cat(pooled),
-        [torch.cat(own) for own in zip(*features, strict=True)],
-    )
+def joined(parts: Sequence[Any]) -> Any:
+    """What some images gave and what the next ones did, as one: tensors one behind the other, in tuples or lists; or None."""
+    first = parts[0]
+    if len(parts) == 1 or first is None:
+        return first
+    if isinstance(first, Tensor):
+        return torch.cat(parts)
+    entries = map(joined, zip(*parts, strict=True))
+    return type(first)(*entries) if hasattr(first, "_fields") else type(first)(entries)

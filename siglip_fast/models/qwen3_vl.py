@@ -24,8 +24,9 @@ from ..ops import Position, Rotation
 from ..running.grids import Grid, bilinear, frames, places, read
 from ..running.packing import Upload, add_segments
 from .anatomy import Anatomy, Unsupported, check_head_dim, check_tensors, compare, compare_class, descendant, layer_view
+from .base import Built
 from .outputs import in_asked_form
-from .packed import Packed, in_order_of, together
+from .packed import Packed, joined, together
 from .rotary import RotaryTable
 from .weights import Derived
 
@@ -41,24 +42,13 @@ MODULES = {
 }
 
 
-class Qwen3VLTower(Packed):
+class Qwen3VLTower(Built, Packed):
     """What makes such a tower fast: mixed into the stock class, before it."""
 
     layers_at = ("blocks",)
     attention_name = "attn"
     # None: stock gives a tuple of the merged rows and the list of features (transformers 4)
     output_class: ClassVar[type[BaseModelOutputWithPooling] | None]
-
-    def __init__(
-        self,
-        config: PretrainedConfig,
-        *,
-        backend: str | None = None,
-        strict: bool = False,
-        batch_invariant: bool | None = None,
-    ):
-        super().__init__(config)
-        self.become_fast(backend, strict, batch_invariant)
 
     def forward(
         self, hidden_states: Tensor, grid_thw: Tensor, **kwargs
@@ -130,11 +120,9 @@ class Qwen3VLTower(Packed):
             kept = self._hidden_states(kwargs, len(self.blocks))
             packing = self._pack(derived, grids[images])
             parts.append(derived.run_packed(pixel_rows[begin:end], packing, kept and kept.collect))
-            states.append(kept.kept if kept else ())
+            states.append(tuple(kept.kept) if kept else ())
             begin = end
-        return in_order_of(parts), tuple(
-            None if own[0] is None else torch.cat(own) for own in zip(*states, strict=True)
-        )
+        return joined(parts), joined(states)
 
     def _pack(self, derived: Derived, grids: list[Grid]) -> Packing:
         place, upload = places(grids, self.spatial_merge_size), Upload()

@@ -7,6 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .weights import finish
+
 MOST_ROWS = 1 << 16  # that are kept: 150 MB of 1152 channels in bf16
 
 
@@ -42,8 +44,7 @@ class ResizedPositions:
                 self._offsets[height, width] = sum(map(len, tables))
                 tables.append(_resized(self._embeddings, height, width))
             self._table = torch.cat(tables)
-        if self._table.is_cuda:  # the next forward may come on another stream, which would not wait for this one
-            torch.cuda.current_stream(self._table.device).synchronize()
+        finish(self._table)
 
 
 class _Nothing(nn.Module):

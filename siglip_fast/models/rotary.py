@@ -5,6 +5,8 @@ import threading
 import torch
 from torch import Tensor, nn
 
+from .weights import finish
+
 
 class RotaryTable:
     """Of the frequencies `inv_freq [d / 4]` of one axis, which a module has as its buffer.
@@ -24,8 +26,7 @@ class RotaryTable:
             inv_freq = self._inv_freq.float()
             angles = torch.arange(side, device=inv_freq.device, dtype=torch.float32)[:, None] * inv_freq
             self._table = torch.stack([angles.cos(), angles.sin()], -1)
-        if inv_freq.is_cuda:  # the next forward may come on another stream, which would not wait for this one
-            torch.cuda.current_stream(inv_freq.device).synchronize()
+        finish(self._table)
 
     def of(self, side: int) -> Tensor:
         """`siglip_fast.ops.Rotation.table`, float32 `[at least side, d / 4, 2]`."""

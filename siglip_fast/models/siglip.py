@@ -8,7 +8,6 @@ import transformers
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.siglip import modeling_siglip
-from transformers.models.siglip.configuration_siglip import SiglipVisionConfig
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
@@ -17,6 +16,7 @@ from ..ops import DTYPES
 from ..running.traced import forward as traced_forward
 from ..running.uint8 import Normalization
 from .anatomy import of_transformers
+from .base import Built
 from .captured import Captured
 from .outputs import HiddenStates, asked_for, in_asked_form
 from .position import position_of
@@ -104,7 +104,7 @@ class SiglipTower(Traced, Captured, TakesUint8):
         return in_asked_form(BaseModelOutputWithPooling(*outputs, hidden_states), self.config, kwargs)
 
 
-class SiglipVisionModel(SiglipTower, transformers.SiglipVisionModel):
+class SiglipVisionModel(Built, SiglipTower, transformers.SiglipVisionModel):
     """`transformers.SiglipVisionModel` (same constructor, parameters, state dict and outputs), made fast.
 
     A forward that needs no gradients runs on the fused operations of `siglip_fast.ops`. Where they do not apply, the
@@ -129,17 +129,6 @@ class SiglipVisionModel(SiglipTower, transformers.SiglipVisionModel):
     anatomy = of_transformers(
         modeling_siglip, "Siglip", tower_class=getattr(modeling_siglip, "SiglipVisionTransformer", None)
     )
-
-    def __init__(
-        self,
-        config: SiglipVisionConfig,
-        *,
-        backend: str | None = None,
-        strict: bool = False,
-        batch_invariant: bool | None = None,
-    ):
-        super().__init__(config)
-        self.become_fast(backend, strict, batch_invariant)
 
 
 if hasattr(modeling_siglip, "SiglipVisionTransformer"):

@@ -14,15 +14,15 @@ import transformers
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.siglip2 import modeling_siglip2
-from transformers.models.siglip2.configuration_siglip2 import Siglip2VisionConfig
 
 from ..forward import Outputs, Packing
 from ..ops import Position
 from ..running.packing import Upload, add_segments, ranges
 from ..running.traced import naflex_forward
 from .anatomy import of_transformers
+from .base import Built
 from .outputs import in_asked_form
-from .packed import Packed, together
+from .packed import Packed, joined, together
 from .resized import ResizedPositions
 from .traced import Traced
 from .weights import Derived
@@ -126,7 +126,7 @@ class Siglip2Tower(Traced, Packed):
             kept = self._hidden_states(kwargs, self.config.num_hidden_layers)
             outputs = self._run(derived, pixel_values[images], some, kept and kept.collect)
             parts.append((*outputs, kept and tuple(kept.kept)))
-        return in_asked_form(BaseModelOutputWithPooling(*map(_joined, zip(*parts, strict=True))), self.config, kwargs)
+        return in_asked_form(BaseModelOutputWithPooling(*joined(parts)), self.config, kwargs)
 
     def _run(
         self, derived: Derived, pixel_values: Tensor, sizes: Sizes, collect: Callable[[Tensor], None] | None
@@ -172,14 +172,7 @@ class Siglip2Tower(Traced, Packed):
         )
 
 
-def _joined(parts: tuple) -> Any:
-    """Tensors `[B, …]`, tuples of such, or Nones, of some images and then others."""
-    if len(parts) == 1 or parts[0] is None:
-        return parts[0]
-    return torch.cat(parts) if isinstance(parts[0], Tensor) else tuple(map(_joined, zip(*parts, strict=True)))
-
-
-class Siglip2VisionModel(Siglip2Tower, transformers.Siglip2VisionModel):
+class Siglip2VisionModel(Built, Siglip2Tower, transformers.Siglip2VisionModel):
     """`transformers.Siglip2VisionModel` (same constructor, parameters, state dict and outputs), made fast.
 
     A forward that needs no gradients runs on the fused operations of `siglip_fast.ops`. Where they do not apply, the
@@ -197,17 +190,6 @@ class Siglip2VisionModel(Siglip2Tower, transformers.Siglip2VisionModel):
     anatomy = of_transformers(
         modeling_siglip2, "Siglip2", tower_class=getattr(modeling_siglip2, "Siglip2VisionTransformer", None)
     )
-
-    def __init__(
-        self,
-        config: Siglip2VisionConfig,
-        *,
-        backend: str | None = None,
-        strict: bool = False,
-        batch_invariant: bool | None = None,
-    ):
-        super().__init__(config)
-        self.become_fast(backend, strict, batch_invariant)
 
 
 if hasattr(modeling_siglip2, "Siglip2VisionTransformer"):

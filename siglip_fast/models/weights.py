@@ -126,7 +126,7 @@ class Derived:
         if normalization not in self._uint8:
             with torch.inference_mode(False), torch.no_grad():
                 self._uint8[normalization] = self.weights._replace(patch=normalization.fold(self.weights.patch))
-            _finish(self.weights)
+            finish(self.weights.patch.weight)
         return self._uint8[normalization]
 
     def memory(self) -> int:
@@ -143,7 +143,7 @@ class Derived:
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(device, enabled=False):
             self._anatomy.check(self.source.tower)
             weights = tower_weights(self._anatomy.view(self.source.tower), self.ops, self._dtype)
-        _finish(weights)
+        finish(weights.patch.weight)
         self.weights = weights
 
 
@@ -153,10 +153,10 @@ def _selection_on(device: torch.device) -> Selection:
     return selection_on(device)
 
 
-def _finish(weights: TowerWeights) -> None:
-    if weights.patch.weight.is_cuda and torch.cuda.is_initialized():
-        # The next forward may come on another stream, which would not wait for this one.
-        torch.cuda.current_stream(weights.patch.weight.device).synchronize()
+def finish(derived: Tensor) -> None:
+    """Waits for what was just derived, `derived` and before: the next forward may come on another stream, which would not."""
+    if derived.is_cuda and torch.cuda.is_initialized():
+        torch.cuda.current_stream(derived.device).synchronize()
 
 
 def tower_weights(tower: Any, ops: Ops, dtype: torch.dtype | None = None) -> TowerWeights:
