@@ -15,9 +15,10 @@ import transformers
 import siglip_fast
 
 from ..errors import UserError, first_line
-from .images import decode_ahead, read_image
-from .kinds import Inputs, batch_of, inputs_of, kind_of
+from .images import decode_ahead
+from .kinds import Inputs, batch_of, kind_of
 from .loading import load_model, load_processor, pick_device, route
+from .prepare import Prepare
 
 Named = tuple[Any, str | bytes]  # an image's name, and its file or encoded bytes
 
@@ -32,7 +33,7 @@ class Encoder:
         config = self.model.config
         if args.pool == "head" and not getattr(config, "vision_use_head", True):
             raise UserError(f"{args.model} has no pooling head: use --pool mean")
-        self._processor = load_processor(args.model, kind_of(config))
+        self._prepare = Prepare(load_processor(args.model, kind_of(config)))
         self._pool, self._normalize = args.pool, args.normalize
         self.route = ""  # known from the first batch on
         versions = {module.__name__: module.__version__ for module in (siglip_fast, torch, transformers, PIL)}
@@ -62,7 +63,7 @@ class Encoder:
                     yield name, result
 
         def decode(image: Named) -> Inputs:
-            return inputs_of(read_image(image[1]), self._processor)
+            return self._prepare(image[1])
 
         with contextlib.closing(decode_ahead(images, decode, workers, ahead=batch_size)) as decoded:
             good = usable(decoded)
