@@ -1,30 +1,24 @@
-"""Towers whose forward can be recorded as CUDA graphs: `model.capture()`."""
+"""Towers of images of one size whose forward can be recorded as CUDA graphs: `model.capture(batch_sizes)`."""
 
 import functools
-import logging
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from ..backends.select import is_capturing
 from ..forward import Outputs
-from ..running.graphs import RECORDING, Graphs
+from ..running.graphs import Graphs
+from .graphed import Graphed, check_counts
 from .outputs import asked_for
 from .position import must_interpolate, position_of
 from .reasons import autocast_dtype
 from .tuned import Tuned
 from .weights import Derived
 
-logger = logging.getLogger("siglip_fast")
 
-
-class Captured(Tuned):
-    """The graphs lie with the derived weights that they read, and go with them."""
-
-    _to_capture: tuple[tuple[int, ...], int] | None = None  # batch sizes, image size
-
+class Captured(Graphed, Tuned):
     def capture(self, batch_sizes: Sequence[int], image_size: int | None = None) -> None:
         """Record CUDA graphs of the fused forward, which later calls replay: no launch costs, the same results.
 
@@ -44,9 +38,7 @@ class Captured(Tuned):
             RuntimeError: the model is not on a CUDA device, or its fused forward does not apply.
         """
         image_size = self.config.image_size if image_size is None else image_size
-        for name, value in (("image_size", image_size), *(("batch_sizes", size) for size in batch_sizes)):
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}: expected positive integers, got {value!r}")
+        check_counts(image_size=image_size, batch_sizes=[*batch_sizes])
         self._forget_graphs()
         if not batch_sizes:
             return
@@ -59,21 +51,10 @@ class Captured(Tuned):
             self._record(derived, tuple(batch_sizes), image_size)
         self._to_capture = tuple(batch_sizes), image_size
 
-    def _forget_graphs(self) -> None:
-        self._to_capture = None
-        for derived in self._derived.values():
-            derived.graphs = None
-
     def _replayed(self, derived: Derived, pixel_values: Tensor, interpolate: bool) -> Outputs | None:
         """The outputs by a CUDA graph, where one was captured for such images."""
-        to_capture = self._to_capture
-        if to_capture is None or is_capturing(pixel_values):
-            return None
-        try:
-            graphs = derived.graphs or self._record(derived, *to_capture)
-        except RuntimeError as error:  # out of memory, say: launched kernel by kernel it may do
-            self._forget_graphs()
-            logger.warning("recording CUDA graphs again failed, there are none any more: %s", error)
+        graphs = None if is_capturing(pixel_values) else self._graphs(derived)
+        if graphs is None:
             return None
         size = graphs.batch_size_for(pixel_values)
         if size and (interpolate or not graphs.is_interpolated):
@@ -102,21 +83,14 @@ class Captured(Tuned):
         derived, reason = self._checked()
         return derived, reason, outputs if derived is begun() and reason is None else None
 
-    def _record(self, derived: Derived, batch_sizes: tuple[int, ...], image_size: int) -> Graphs:
-        with RECORDING:
-            if derived.graphs is None:  # else another thread was faster
-                image, embeddings = self._example(image_size), self._tower.embeddings
-                interpolate = must_interpolate(embeddings, image_size, image_size)
-                position = position_of(embeddings, image[None], interpolate)
-                forward = functools.partial(derived.forward, derived.ops, derived.weights, position=position)
-                derived.graphs = Graphs(forward, batch_sizes, image, interpolate)
-            return derived.graphs
+    def _recorded(self, derived: Derived, batch_sizes: tuple[int, ...], image_size: int) -> Graphs:
+        image, embeddings = self._example(image_size), self._tower.embeddings
+        interpolate = must_interpolate(embeddings, image_size, image_size)
+        position = position_of(embeddings, image[None], interpolate)
+        forward = functools.partial(derived.forward, derived.ops, derived.weights, position=position)
+        return Graphs(forward, batch_sizes, image, interpolate)
 
     def _example(self, image_size: int) -> Tensor:
         """An image `[C, H, W]` as the model takes it."""
         weight = self._patch_weight()
         return weight.new_zeros((weight.shape[1], image_size, image_size))
-
-    def _apply(self, fn: Callable, *args, **kwargs) -> "Captured":
-        self._to_capture = None
-        return super()._apply(fn, *args, **kwargs)
