@@ -22,11 +22,13 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from ..forward import PackedOutputs, Packing
 from ..ops import Position, Rotation
 from ..running.grids import Grid, bilinear, frames, places, read
+from ..running.packed_graphs import Call
 from ..running.packing import Upload, add_segments
 from .anatomy import Anatomy, Unsupported, check_head_dim, check_tensors, compare, compare_class, descendant, layer_view
 from .base import Built
+from .captured_packed import CapturedPacked
 from .outputs import in_asked_form
-from .packed import Packed, joined, together
+from .packed import joined, together
 from .rotary import RotaryTable
 from .weights import Derived
 
@@ -42,7 +44,7 @@ MODULES = {
 }
 
 
-class Qwen3VLTower(Built, Packed):
+class Qwen3VLTower(Built, CapturedPacked):
     """What makes such a tower fast: mixed into the stock class, before it."""
 
     layers_at = ("blocks",)
@@ -117,12 +119,28 @@ class Qwen3VLTower(Built, Packed):
         parts, states, begin = [], [], 0
         for images in together(lengths, derived.ops.images_at_once(pixel_rows.device, tokens=1)):
             end = begin + sum(lengths[images])
-            kept = self._hidden_states(kwargs, len(self.blocks))
-            packing = self._pack(derived, grids[images])
-            parts.append(derived.run_packed(pixel_rows[begin:end], packing, kept and kept.collect))
+            kept, rows = self._hidden_states(kwargs, len(self.blocks)), pixel_rows[begin:end]
+            outputs = None if kept else self._replayed(derived, rows, grids[images])
+            if outputs is None:
+                outputs = derived.run_packed(rows, self._pack(derived, grids[images]), kept and kept.collect)
+            parts.append(outputs)
             states.append(tuple(kept.kept) if kept else ())
             begin = end
         return joined(parts), joined(states)
+
+    @property
+    def multiple_of(self) -> int:
+        return self.spatial_merge_size**2
+
+    def _example(self) -> tuple[Tensor, ...]:
+        weight, merge = self._patch_weight().flatten(1), self.spatial_merge_size
+        return weight.new_zeros(merge**2, weight.shape[1]), torch.tensor([[1, merge, merge]])
+
+    def _counts(self, grids: list[Grid]) -> tuple[int, int]:
+        return sum(t * h * w for t, h, w in grids), sum(t for t, _, _ in grids)
+
+    def _call(self, derived: Derived, pixel_rows: Tensor, grids: list[Grid]) -> Call:
+        return Call(pixel_rows, self._pack(derived, grids))
 
     def _pack(self, derived: Derived, grids: list[Grid]) -> Packing:
         place, upload = places(grids, self.spatial_merge_size), Upload()

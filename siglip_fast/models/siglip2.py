@@ -17,12 +17,14 @@ from transformers.models.siglip2 import modeling_siglip2
 
 from ..forward import Outputs, Packing
 from ..ops import Position
+from ..running.packed_graphs import Call
 from ..running.packing import Upload, add_segments, ranges
 from ..running.traced import naflex_forward
 from .anatomy import of_transformers
 from .base import Built
+from .captured_packed import CapturedPacked
 from .outputs import in_asked_form
-from .packed import Packed, joined, together
+from .packed import joined, together
 from .resized import ResizedPositions
 from .traced import Traced
 from .weights import Derived
@@ -38,8 +40,13 @@ class Sizes(NamedTuple):
     def lengths(self) -> np.ndarray:
         return np.array(self.shapes).prod(1)
 
+    @property
+    def queries(self) -> np.ndarray:
+        """Of each image its patches, and one row for all that pad it."""
+        return self.lengths + (self.lengths < self.padded_to)
 
-class Siglip2Tower(Traced, Packed):
+
+class Siglip2Tower(Traced, CapturedPacked):
     """What makes a SigLIP 2 NaFlex tower of transformers fast: mixed into the stock class, before it."""
 
     mask_name = "pixel_attention_mask"
@@ -131,20 +138,41 @@ class Siglip2Tower(Traced, Packed):
     def _run(
         self, derived: Derived, pixel_values: Tensor, sizes: Sizes, collect: Callable[[Tensor], None] | None
     ) -> Outputs:
-        B, N, K = pixel_values.shape
-        packing = self._pack(derived, sizes)
-        rows = packing.out_rows
+        B, N, _ = pixel_values.shape
+        outputs = None if collect else self._replayed(derived, pixel_values, sizes)
+        if outputs is None:
+            packing = self._pack(derived, sizes)
+            rows = packing.out_rows
 
-        def padded(x: Tensor) -> None:
-            collect((x if rows is None else x.index_select(0, rows)).view(B, N, -1))
+            def padded(x: Tensor) -> None:
+                collect((x if rows is None else x.index_select(0, rows)).view(B, N, -1))
 
-        outputs = derived.run_packed(pixel_values.reshape(B * N, K), packing, collect and padded)
+            outputs = derived.run_packed(pixel_values.flatten(0, 1), packing, collect and padded)
         return outputs.last_hidden_state.view(B, N, -1), outputs.pooler_output
 
-    def _pack(self, derived: Derived, sizes: Sizes) -> Packing:
+    def _example(self) -> tuple[Tensor, ...]:
+        weight = self._patch_weight()
+        shapes = torch.ones(1, 2, dtype=torch.int64)
+        return weight.new_zeros(1, 1, weight.shape[1]), torch.ones(1, 1, device=weight.device), shapes
+
+    def _counts(self, sizes: Sizes) -> tuple[int, int]:
+        return int(sizes.queries.sum()), len(sizes.shapes)
+
+    def _call(self, derived: Derived, pixel_values: Tensor, sizes: Sizes) -> Call:
+        packing = self._pack(derived, sizes, in_packed_rows=True)
+        rows, (table, index, _) = pixel_values.flatten(0, 1), packing.position
+        if packing.rows is not None:
+            rows = rows.index_select(0, packing.rows)
+        # The table moves as it gets more sizes, and a graph knows addresses only.
+        taken = table.index_select(0, index.view(-1))
+        position = Position(taken, torch.arange(len(taken), dtype=torch.int32, device=taken.device)[:, None])
+        tight = packing._replace(rows=None, out_rows=None, position=position)
+        return Call(rows, tight, packing.out_rows, has_own_positions=True)
+
+    def _pack(self, derived: Derived, sizes: Sizes, in_packed_rows: bool = False) -> Packing:
+        """The head's images are told by the rows of last_hidden_state as stock has it, or `in_packed_rows`."""
         N, lengths, device = sizes.padded_to, sizes.lengths, self._patch_weight().device
-        B, is_padded = len(lengths), lengths < N
-        queries = lengths + is_padded
+        B, is_padded, queries = len(lengths), lengths < N, sizes.queries
         order = np.argsort(-lengths, kind="stable")  # images of equal length side by side: they attend in one call
         first = np.empty_like(lengths)
         first[order] = np.cumsum(queries[order]) - queries[order]
@@ -157,7 +185,8 @@ class Siglip2Tower(Traced, Packed):
         index = upload.add(index[:, None])
         segments = add_segments(upload, first[order], queries[order], lengths[order], self._tile_rows(derived))
         starts = np.arange(B) * N
-        images = add_segments(upload, starts, np.full(B, N), lengths)
+        of_images = (first, queries) if in_packed_rows else (starts, np.full(B, N))
+        images = add_segments(upload, *of_images, lengths)
         rows = upload.add(ranges(starts[order], queries[order]))
         places = np.minimum(np.arange(N), lengths[:, None]) + first[:, None]
         out_rows = upload.add(places.reshape(-1))

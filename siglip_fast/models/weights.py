@@ -27,6 +27,7 @@ from ..forward import (
 )
 from ..ops import Linear, Norm, NormedLinear, Ops, PatchEmbedding, Pool
 from ..running.graphs import Graphs
+from ..running.packed_graphs import PackedGraphs
 from ..running.uint8 import Normalization
 from ..tuning.cache import Selection
 from .anatomy import Anatomy, Unsupported
@@ -53,7 +54,7 @@ class Derived:
         self.ops = Ops(backend, _selection_on, batch_invariant)
         self.forward = forward if dtype is None else forward_in_autocast
         self.weights: TowerWeights | None = None
-        self.graphs: Graphs | None = None  # CUDA graphs that read them
+        self.graphs: Graphs | PackedGraphs | None = None  # CUDA graphs that read them
         self._uint8: dict[Normalization, TowerWeights] = {}
         self._plans: dict[tuple, Any] = {}  # `siglip_fast.running.plans.Plans`
         self._kept: dict[Callable, Any] = {}  # what else is derived from the tower, and goes with its weights

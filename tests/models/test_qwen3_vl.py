@@ -2,13 +2,15 @@
 
 import copy
 import functools
-import importlib
 import pickle
 
 import numpy as np
 import pytest
 import torch
 import zoo
+from packed_towers import MIXED
+from packed_towers import qwen3_vl_inputs as inputs
+from packed_towers import qwen3_vl_tower as make
 from reference import assert_accurate
 from torch import nn
 
@@ -19,12 +21,8 @@ from siglip_fast.models import qwen3_vl, swap
 from siglip_fast.models.packed import together
 from siglip_fast.running import grids as on_grids
 
-# "triton", too, once its kernels take packed rows
 every_backend = pytest.mark.parametrize("backend", ["torch", "cpu", "cpu-avx2", "triton"], indirect=True)
 NAMES = [cls.__name__ for cls in qwen3_vl.installed()]
-TINY = {"depth": 3, "hidden_size": 64, "intermediate_size": 100, "num_heads": 2, "out_hidden_size": 48}
-TINY |= {"patch_size": 4, "num_position_embeddings": 100}
-K = 3 * 2 * 4 * 4
 GRIDS = {
     "one": [(1, 6, 10)],
     "equal": [(1, 4, 6)] * 5,
@@ -33,36 +31,6 @@ GRIDS = {
     "videos": [(4, 4, 6), (1, 2, 2), (3, 2, 4)],
     "long": [(1, 2, 600)],  # of whose positions bfloat16 has not all
 }
-MIXED = [(1, 4, 6), (1, 2, 2), (2, 8, 4)]
-
-
-def make(name="Qwen3VLVisionModel", dtype=torch.float32, **values):
-    """A stock tower with nothing at its neutral value."""
-    part = qwen3_vl.MODULES[name]
-    stock = getattr(importlib.import_module(f"transformers.models.{part}.modeling_{part}"), name)
-    if "deepstack_visual_indexes" in stock.config_class().to_dict():
-        values = {"deepstack_visual_indexes": [0, 2]} | values
-    torch.manual_seed(0)
-    config = stock.config_class(**TINY | values)
-    config._attn_implementation = "sdpa"
-    tower = stock(config)
-    for name, parameter in tower.named_parameters():
-        if name.endswith("bias"):
-            nn.init.normal_(parameter, 0, 0.2)
-        elif "norm" in name or "ln_q" in name:
-            nn.init.normal_(parameter, 1, 0.4)
-        elif "pos_embed" in name:
-            nn.init.normal_(parameter)
-        else:  # scores that tell keys from each other
-            nn.init.normal_(parameter, 0, (2 if "qkv" in name else 1) * parameter[0].numel() ** -0.5)
-    return tower.eval().to(dtype)
-
-
-def inputs(grids=MIXED, dtype=torch.float32, width=K):
-    """Rows of pixels, a few of whose columns dwarf the others, and grid_thw."""
-    rows = torch.randn(sum(t * h * w for t, h, w in grids), width, generator=torch.Generator().manual_seed(1))
-    rows[:, :: width // 3] *= 30
-    return rows.to(dtype), torch.tensor(grids)
 
 
 def fast(stock, **kwargs):

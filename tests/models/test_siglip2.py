@@ -8,6 +8,8 @@ import torch
 import transformers
 import zoo
 from models import drop_in, stock_model
+from packed_towers import NAFLEX_K as K
+from packed_towers import naflex_inputs as images
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import Siglip2VisionConfig
@@ -16,7 +18,6 @@ import siglip_fast
 from siglip_fast.models.siglip2 import Siglip2VisionModel
 
 TINY = zoo.SIGLIP2_VISION  # a table of 4 × 4 positions, patches of 8 × 8 pixels
-K = 3 * 8 * 8
 # Sizes of a call's images, in patches, and how many rows they are padded to
 SHAPES = {
     "one": ([(3, 5)], 16),
@@ -28,16 +29,6 @@ SHAPES = {
     "63 to 65, in 66": ([(7, 9), (8, 8), (5, 13), (1, 2), (6, 11)], 66),
     "much padding": ([(1, 1), (1, 2)], 300),
 }
-
-
-def images(shapes: list[tuple[int, int]], rows: int, patch: int = K) -> dict[str, Tensor]:
-    """Each of a different scale, so that what leaks from one to another shows."""
-    generator = torch.Generator().manual_seed(len(shapes) + rows)
-    pixel_values, mask = torch.zeros(len(shapes), rows, patch), torch.zeros(len(shapes), rows, dtype=torch.int32)
-    for i, (height, width) in enumerate(shapes):
-        pixel_values[i, : height * width] = torch.randn(height * width, patch, generator=generator) * 10 ** (i % 3 - 1)
-        mask[i, : height * width] = 1
-    return {"pixel_values": pixel_values, "pixel_attention_mask": mask, "spatial_shapes": torch.tensor(shapes)}
 
 
 @pytest.fixture

@@ -1,0 +1,53 @@
+"""Small towers for images of any size, and calls of them, for tests."""
+
+import importlib
+
+import torch
+from torch import Tensor, nn
+
+from siglip_fast.models import qwen3_vl
+
+NAFLEX_K = 3 * 8 * 8  # of zoo.SIGLIP2_VISION
+QWEN3_VL = {"depth": 3, "hidden_size": 64, "intermediate_size": 100, "num_heads": 2, "out_hidden_size": 48}
+QWEN3_VL |= {"patch_size": 4, "num_position_embeddings": 100}
+QWEN3_VL_K = 3 * 2 * 4 * 4
+MIXED = [(1, 4, 6), (1, 2, 2), (2, 8, 4)]
+
+
+def naflex_inputs(shapes: list[tuple[int, int]], rows: int, patch: int = NAFLEX_K) -> dict[str, Tensor]:
+    """Each of a different scale, so that what leaks from one to another shows."""
+    generator = torch.Generator().manual_seed(len(shapes) + rows)
+    pixel_values, mask = torch.zeros(len(shapes), rows, patch), torch.zeros(len(shapes), rows, dtype=torch.int32)
+    for i, (height, width) in enumerate(shapes):
+        pixel_values[i, : height * width] = torch.randn(height * width, patch, generator=generator) * 10 ** (i % 3 - 1)
+        mask[i, : height * width] = 1
+    return {"pixel_values": pixel_values, "pixel_attention_mask": mask, "spatial_shapes": torch.tensor(shapes)}
+
+
+def qwen3_vl_tower(name="Qwen3VLVisionModel", dtype=torch.float32, **values):
+    """A stock tower with nothing at its neutral value."""
+    part = qwen3_vl.MODULES[name]
+    stock = getattr(importlib.import_module(f"transformers.models.{part}.modeling_{part}"), name)
+    if "deepstack_visual_indexes" in stock.config_class().to_dict():
+        values = {"deepstack_visual_indexes": [0, 2]} | values
+    torch.manual_seed(0)
+    config = stock.config_class(**QWEN3_VL | values)
+    config._attn_implementation = "sdpa"
+    tower = stock(config)
+    for name, parameter in tower.named_parameters():
+        if name.endswith("bias"):
+            nn.init.normal_(parameter, 0, 0.2)
+        elif "norm" in name or "ln_q" in name:
+            nn.init.normal_(parameter, 1, 0.4)
+        elif "pos_embed" in name:
+            nn.init.normal_(parameter)
+        else:  # scores that tell keys from each other
+            nn.init.normal_(parameter, 0, (2 if "qkv" in name else 1) * parameter[0].numel() ** -0.5)
+    return tower.eval().to(dtype)
+
+
+def qwen3_vl_inputs(grids=MIXED, dtype=torch.float32, width=QWEN3_VL_K):
+    """Rows of pixels, a few of whose columns dwarf the others, and grid_thw."""
+    rows = torch.randn(sum(t * h * w for t, h, w in grids), width, generator=torch.Generator().manual_seed(1))
+    rows[:, :: width // 3] *= 30
+    return rows.to(dtype), torch.tensor(grids)
