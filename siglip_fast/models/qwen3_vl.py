@@ -24,12 +24,14 @@ from ..ops import Position, Rotation
 from ..running.grids import Grid, bilinear, frames, places, read
 from ..running.packed_graphs import Call
 from ..running.packing import Upload, add_segments
+from ..running.traced import merging_forward
 from .anatomy import Anatomy, Unsupported, check_head_dim, check_tensors, compare, compare_class, descendant, layer_view
 from .base import Built
 from .captured_packed import CapturedPacked
 from .outputs import in_asked_form
 from .packed import joined, together
 from .rotary import RotaryTable
+from .traced import Traced
 from .weights import Derived
 
 # Class, here as there → the part of transformers' that it is in
@@ -44,7 +46,7 @@ MODULES = {
 }
 
 
-class Qwen3VLTower(Built, CapturedPacked):
+class Qwen3VLTower(Built, Traced, CapturedPacked):
     """What makes such a tower fast: mixed into the stock class, before it."""
 
     layers_at = ("blocks",)
@@ -67,12 +69,20 @@ class Qwen3VLTower(Built, CapturedPacked):
             TypeError: hidden_states are no tensor.
             RuntimeError: `strict` is set and the fused path does not apply, or the backend asked for cannot run here.
         """
-        if not torch.compiler.is_exporting():
+        if torch.compiler.is_exporting():  # an exported program should not need this package
+            return super().forward(hidden_states, grid_thw, **kwargs)
+        if torch.compiler.is_compiling():
+            _, reason = self._route(hidden_states, grid_thw, **kwargs)
+            if reason is None:
+                return self._output(merging_forward(self, hidden_states, grid_thw), (), kwargs)
+        else:
             derived, reason, grids = self._route_sizes(hidden_states, grid_thw, **kwargs)
             if reason is None:
-                return self._fused(derived, hidden_states, grids, kwargs)
-            self._delegate(reason)
+                return self._output(*self._run(derived, hidden_states, grids, kwargs), kwargs)
+        self._delegate(reason)
         return super().forward(hidden_states, grid_thw, **kwargs)
+
+    _own_forward = forward  # without what a subclass or a hook puts around it
 
     def why_not(self, hidden_states: Tensor, grid_thw: Tensor, **kwargs) -> str | None:
         """As of all towers; also what the grids speak against, which are read for it."""
@@ -99,10 +109,9 @@ class Qwen3VLTower(Built, CapturedPacked):
             return f"hidden_states have {len(pixel_values)} rows, by grid_thw {rows}"
         return grids
 
-    def _fused(
-        self, derived: Derived, pixel_rows: Tensor, grids: list[Grid], kwargs: dict[str, Any]
+    def _output(
+        self, outputs: PackedOutputs, states: tuple[Tensor | None, ...], kwargs: dict[str, Any]
     ) -> BaseModelOutputWithPooling | tuple[Tensor | list[Tensor], ...]:
-        outputs, states = self._run(derived, pixel_rows, grids, kwargs)
         if self.output_class is None:
             return outputs.pooler_output, outputs.features
         features = {"deepstack_features": outputs.features} if _has_taps(self) else {}
@@ -153,6 +162,10 @@ class Qwen3VLTower(Built, CapturedPacked):
         table = derived.kept(RotaryTable, self.rotary_pos_emb).of(int(place.max()) + 1)
         learned = self.pos_embed.weight.detach().resolve_neg().contiguous()
         return Packing(segments(), Position(learned, index(), weight()), rotation=Rotation(table, on_device()))
+
+    @property
+    def num_features(self) -> int:
+        return len(self.deepstack_visual_indexes) if _has_taps(self) else 0
 
 
 def _has_taps(tower: nn.Module) -> bool:

@@ -15,7 +15,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
+from ..forward import PackedOutputs
 from ..ops import check_shape
 
 # The models, of which this knows what `siglip_fast.models.traced.Traced` has
@@ -74,6 +76,16 @@ def naflex_forward(
         pixel_values, mask, spatial_shapes, tensors, model._handle.tensor, head
     )
     return last_hidden_state, pooler_output if head else None
+
+
+def merging_forward(model: Any, pixel_rows: Tensor, grid_thw: Tensor) -> PackedOutputs:
+    """The same of a model whose packed images have a merger behind them; its last_hidden_state is None where the model
+    returns none."""
+    tensors = [model._patch_weight(), *model.parameters(), *model.buffers()]
+    rows, out, has_last = model.multiple_of, model.config.out_hidden_size, model.output_class is not None
+    flat = merging_tower(pixel_rows, grid_thw, tensors, model._handle.tensor, rows, out, model.num_features, has_last)
+    last = flat[0] if has_last else None
+    return PackedOutputs(last, flat[has_last], flat[has_last + 1 :])
 
 
 @torch.compiler.assume_constant_result
@@ -138,20 +150,51 @@ def _(pixel_values, mask, spatial_shapes, tensors, handle, head):
     return weight.new_empty(B, N, D), weight.new_empty((B, D) if head else (0,))
 
 
+@torch.library.custom_op("siglip_fast::merging_tower", mutates_args=(), tags=_TAGS)
+def merging_tower(
+    pixel_rows: Tensor,
+    grid_thw: Tensor,
+    tensors: list[Tensor],
+    handle: Tensor,
+    rows: int,
+    out: int,
+    features: int,
+    has_last: bool,
+) -> list[Tensor]:
+    """`pixel_rows [M, K]`, `grid_thw [B, 3]` → last_hidden_state `[M, D]` if the model has_last, then what the merger makes of
+    so many rows each and as many features, `[M / rows, out]`; `vision_tower` has the rest."""
+    output = _output(handle, tensors, pixel_rows, grid_thw)
+    return [tensor.contiguous() for tensor in tree_leaves(output if isinstance(output, tuple) else [*output.values()])]
+
+
+@merging_tower.register_fake
+def _(pixel_rows, grid_thw, tensors, handle, rows, out, features, has_last):
+    weight = tensors[0]
+    check_shape("hidden_states", pixel_rows, (None, weight[0].numel()))
+    M = pixel_rows.shape[0]  # len() would make it a constant of the graph
+    merged = [weight.new_empty(M // rows, out) for _ in range(1 + features)]
+    return [weight.new_empty(M, len(weight)), *merged] if has_last else merged
+
+
 def _outputs(handle: Tensor, tensors: list[Tensor], head: bool, *args) -> tuple[Tensor, Tensor]:
-    """Those of the model's forward of `args`."""
+    """last_hidden_state and pooler_output, or an empty one, of the model's forward of `args`."""
+    output = _output(handle, tensors, *args)
+    pooled = output.pooler_output if head else tensors[0].new_empty(0)
+    return output.last_hidden_state.contiguous(), pooled.contiguous()
+
+
+def _output(handle: Tensor, tensors: list[Tensor], *args) -> Any:
+    """What the model's forward of `args` returns."""
     number, renewed = divmod(handle.item(), 1 << 32)
     model = _models.get(number)
     if model is None:
         raise RuntimeError("siglip_fast::vision_tower: the model that was compiled does not exist any more")
     with torch.no_grad():
-        output = _run(model, renewed, tensors[1:], args)
-    pooled = output.pooler_output if head else tensors[0].new_empty(0)
-    return output.last_hidden_state.contiguous(), pooled.contiguous()
+        return _run(model, renewed, tensors[1:], args)
 
 
 def _run(model, renewed, given, args):
-    """The model's output, computed with the tensors `given`."""
+    """The same, computed with the tensors `given`."""
     if not _are_own(model, given):
         named = dict(model.named_parameters()) | dict(model.named_buffers())
         replaced = {f"model.{name}": tensor for name, tensor in zip(named, given, strict=True)}

@@ -3,6 +3,7 @@
 import copy
 import functools
 import pickle
+import re
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from packed_towers import qwen3_vl_inputs as inputs
 from packed_towers import qwen3_vl_tower as make
 from reference import assert_accurate
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import siglip_fast
 from siglip_fast import apply_to, restore, towers
@@ -262,13 +264,6 @@ class TestReasons:
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
             assert "autocast" in fast(make()).why_not(*inputs())
 
-    @torch.no_grad()
-    def test_traced(self):
-        stock = make()
-        compiled = torch.compile(fast(stock, strict=False), backend="eager")
-        expected, actual = zoo.tensors(stock(*inputs())), zoo.tensors(compiled(*inputs()))
-        torch.testing.assert_close(actual, expected)
-
     def test_gradients_are_stocks(self):
         stock = make()
         ours = fast(stock, strict=False)
@@ -277,6 +272,50 @@ class TestReasons:
             sum(tensor.square().mean() for tensor in zoo.tensors(model(*inputs())).values()).backward()
         for expected, actual in zip(stock.parameters(), ours.parameters(), strict=True):
             torch.testing.assert_close(actual.grad, expected.grad)
+
+
+class TestCompiled:
+    @pytest.fixture(autouse=True)
+    def nothing_compiled_before(self):
+        torch._dynamo.reset()
+
+    @pytest.mark.parametrize("name", ["Qwen3VLVisionModel", *[name for name in NAMES if "Qwen3_5Vision" in name]])
+    @torch.no_grad()
+    def test_any_grids_in_one_graph(self, name):
+        """Whatever the sizes of images, and how many: one operation, traced once; of towers with taps and without."""
+        stock, graphs = make(name), CompileCounterWithBackend("eager")
+        compiled = torch.compile(fast(stock), fullgraph=True, dynamic=True, backend=graphs)
+        for grids in ("many", "videos", "uneven", "equal"):  # of three first torch would take [3, 3] for a square
+            assert_accurate_outputs(compiled(*inputs(GRIDS[grids])), *judged(stock, *inputs(GRIDS[grids])))
+        assert graphs.frame_count == 1
+        assert any("merging_tower" in str(node.target) for node in graphs.graphs[0].graph.nodes)
+
+    @torch.no_grad()
+    def test_by_inductor(self):
+        stock = make()
+        ours = fast(stock)
+        compiled = torch.compile(ours, fullgraph=True)
+        for _ in range(2):
+            assert_accurate_outputs(compiled(*inputs()), *judged(stock, *inputs()))
+            for tower in (stock, ours):
+                tower.merger.linear_fc1.weight.mul_(2)
+
+    @torch.no_grad()
+    def test_sizes_that_are_wrong_are_told_as_it_runs(self):
+        stock, (rows, grid_thw) = make(), inputs()
+        compiled = torch.compile(fast(stock, strict=False), fullgraph=True, backend="eager")
+        compiled(rows, grid_thw)
+        with pytest.raises(Exception) as expected:
+            stock(rows, grid_thw * 2)
+        with pytest.raises(expected.type, match=re.escape(str(expected.value))):
+            compiled(rows, grid_thw * 2)
+
+    @torch.no_grad()
+    def test_stock_is_traced_for_hidden_states(self):
+        stock = make()
+        compiled = torch.compile(fast(stock, strict=False), backend="eager")
+        expected = zoo.tensors(stock(*inputs(), output_hidden_states=True))
+        torch.testing.assert_close(zoo.tensors(compiled(*inputs(), output_hidden_states=True)), expected)
 
 
 class TestEdits:
