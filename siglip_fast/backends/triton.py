@@ -31,8 +31,7 @@ LOADER = Loader()  # of the whole process, as Triton's kernels are
 
 class Backend:
     """The operations, each as `selection_on` its tensors' device says for its shape; without one, by default; batch
-    invariant, by one configuration for all numbers of rows. What only packed images or exact GELU need has no vendor's
-    route to be measured against: it runs by default, or batch invariant."""
+    invariant, by one configuration for all numbers of rows."""
 
     pack = staticmethod(pack)
 
@@ -62,7 +61,9 @@ class Backend:
         table, index, weight = position
         dims, tensors = (*patch.weight.shape, index.shape[1]), (patch.weight, pixel_rows, table)
         few = lambda: (pixel_rows, patch, rows, table, index[:1], None if weight is None else weight[:1])  # noqa: E731
-        return self._run("patch_embed_rows", dims, tensors, None, few, (pixel_rows, patch, rows, table, index, weight))
+        return self._run(
+            "patch_embed_rows", dims, tensors, len(index), few, (pixel_rows, patch, rows, table, index, weight)
+        )
 
     def layernorm_linear(self, hidden_states, moments, linear, activation, rotation):
         K = linear.weight.shape[1]
@@ -70,7 +71,7 @@ class Backend:
         rows, dims = hidden_states.numel() // K, (*linear.weight.shape, ACTIVATIONS.index(activation))
         merged = len(moments) // max(1, rows)
         if activation == "erf" or rotation is not None or merged > 1:
-            rows, dims = None, (*dims, merged, rotation is not None)
+            dims = (*dims, merged, rotation is not None)
         few = lambda: (  # noqa: E731
             hidden_states.view(-1, K)[:1], moments[:merged], linear, activation,
             rotation and rotation._replace(place=rotation.place[:1]),
@@ -80,7 +81,7 @@ class Backend:
     def linear(self, x, linear, activation):
         dims, K = (*linear.weight.shape, ACTIVATIONS.index(activation)), linear.weight.shape[1]
         few = lambda: (x.view(-1, K)[:1], linear, activation)  # noqa: E731
-        return self._run("linear", dims, (x,), None, few, (x, linear, activation))
+        return self._run("linear", dims, (x,), x.numel() // K, few, (x, linear, activation))
 
     def attention(self, qkv):
         B, *dims = qkv.shape[:2] + qkv.shape[3:]
@@ -89,7 +90,7 @@ class Backend:
     def attention_segments(self, qkv, segments):
         tiles = segments.schedule.items()
         few = lambda: (qkv, segments._replace(schedule={rows: entries[:1] for rows, entries in tiles}))  # noqa: E731
-        return self._run("attention_segments", tuple(qkv.shape[2:]), (qkv,), None, few, (qkv, segments))
+        return self._run("attention_segments", tuple(qkv.shape[2:]), (qkv,), len(qkv), few, (qkv, segments))
 
     def linear_residual(self, x, linear, residual):
         N, K = linear.weight.shape
@@ -102,7 +103,8 @@ class Backend:
         D = hidden_states.shape[-1]
         args = (hidden_states, moments, norm, rows)
         if rows is not None:
-            return self._run("layernorm", (D, True), (hidden_states,), None, lambda: (*args[:3], rows[:1]), args)
+            few = lambda: (*args[:3], rows[:1])  # noqa: E731
+            return self._run("layernorm", (D, True), (hidden_states,), len(rows), few, args)
         count, few = hidden_states.numel() // D, lambda: (hidden_states.view(-1, D)[:1], moments[:1], norm, None)
         return self._run("layernorm", (D,), (hidden_states,), count, few, args)
 
@@ -114,16 +116,16 @@ class Backend:
 
     def attention_pool_segments(self, hidden_states, pool, segments):
         few = lambda: (hidden_states, pool, type(segments)(*(p[:1] for p in segments[:4]), {}))  # noqa: E731
-        dims = (hidden_states.shape[-1], len(pool.scores))
-        return self._run("attention_pool_segments", dims, (hidden_states,), None, few, (hidden_states, pool, segments))
+        dims, args = (hidden_states.shape[-1], len(pool.scores)), (hidden_states, pool, segments)
+        return self._run("attention_pool_segments", dims, (hidden_states,), len(segments.keys), few, args)
 
-    def _run(self, name: str, dims: tuple[int, ...], tensors: tuple, rows: int | None, few: Callable, args: tuple):
+    def _run(self, name: str, dims: tuple[int, ...], tensors: tuple, rows: int, few: Callable, args: tuple):
         """By the choice for so many rows; before the first time, `few()` by every one that there is for any number.
 
-        `tensors`: those whose dtypes make a difference. `rows` is None where nothing was measured, nor is to be.
+        `tensors`: those whose dtypes make a difference.
         """
-        tensor, dtype, run = tensors[0], _dtype_of(tensors), RUN.get(name) or ALONE[name]
-        selection = self.selection(tensor.device) if self._batch_invariant or rows is not None else None
+        tensor, dtype, run = tensors[0], _dtype_of(tensors), RUN[name]
+        selection = self.selection(tensor.device)
         key = (name, dims, tensor.device, selection and selection.digest, *_specialised(args))
         with recording(None):  # of the forward that is running
             LOADER.load(key, tensor, lambda: _choices(name, dims, tensors, selection), lambda each: run(each, *few()))
@@ -193,6 +195,8 @@ def _run_patch_embed(choice, pixel_values, patch, position):
 
 
 def _run_patch_embed_rows(choice, pixel_rows, patch, rows, table, index, weight):
+    if choice.route != "triton":
+        return vendor.patch_embed_rows(pixel_rows, patch, rows, table, index, weight)
     return patch_rows(pixel_rows, patch.weight, patch.bias, rows, table, index, weight, choice.config)
 
 
@@ -205,6 +209,8 @@ def _run_layernorm_linear(choice, hidden_states, moments, linear, activation, ro
 
 
 def _run_linear(choice, x, of, activation):
+    if choice.route != "triton":
+        return vendor.linear(x, of, activation)
     return linear(x, of.weight, of.bias, activation, _fitting(choice.config, x, of.weight))
 
 
@@ -244,16 +250,14 @@ def _run_attention_pool_segments(choice, hidden_states, pool, segments):
 
 RUN = {
     "patch_embed": _run_patch_embed,
+    "patch_embed_rows": _run_patch_embed_rows,
     "layernorm_linear": _run_layernorm_linear,
+    "linear": _run_linear,
     "attention": _run_attention,
+    "attention_segments": _run_attention_segments,
     "linear_residual": _run_linear_residual,
     "layernorm": _run_layernorm,
     "attention_pool": _run_attention_pool,
-}
-ALONE = {  # without a vendor's route
-    "patch_embed_rows": _run_patch_embed_rows,
-    "linear": _run_linear,
-    "attention_segments": _run_attention_segments,
     "attention_pool_segments": _run_attention_pool_segments,
 }
 

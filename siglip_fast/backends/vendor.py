@@ -14,6 +14,7 @@ from siglip_fast.kernels.residual_epilogue import residual_epilogue
 from . import torch as plain
 from .torch import attention_pool as attention_pool
 from .torch import layernorm as layernorm
+from .torch import linear as linear
 
 aten = torch.ops.aten
 # By the operators themselves: torch.nn.attention.sdpa_kernel would set flags of the whole process in each forward.
@@ -25,7 +26,10 @@ SDPA = {
 
 
 def routes(operation: str) -> list[str]:
-    """The names of the vendor's routes for an operation; some may not exist on a device."""
+    """The names of the vendor's routes for an operation; some may not exist on a device, and for what goes by segments
+    there are none."""
+    if operation.endswith("_segments"):
+        return []
     if operation != "attention":
         return ["vendor"]
     return ["sdpa", *SDPA, *(["flash_attn"] if importlib.util.find_spec("flash_attn") else [])]
@@ -34,6 +38,11 @@ def routes(operation: str) -> list[str]:
 def patch_embed(pixel_values, patch, position):
     out, _ = plain.patch_embed(pixel_values, patch, position)
     return residual_epilogue(out[None], None, None, position.dtype)
+
+
+def patch_embed_rows(pixel_rows, patch, rows, table, index, weight):
+    out, _ = plain.patch_embed_rows(pixel_rows, patch, (table, index, weight), rows)
+    return residual_epilogue(out[None], None, None, table.dtype)
 
 
 def layernorm_linear(hidden_states, moments, linear, activation, rotation):

@@ -64,7 +64,7 @@ def check_operations(model: Fused, device: torch.device) -> bool:
             wrong = typed_line(error)
         all_right &= wrong is None
         print(f"  {case}: {wrong or 'right'}")
-        if backend == "triton" and case.operation.name not in packed_checks.UNTUNED:
+        if backend == "triton":
             for launch in LAUNCHES:
                 choice = selection.choice(*case.operation, case.rows, launch)
                 print(f"    {launch}: {choice} ({selection.reason(case.operation, case.rows, launch)})")

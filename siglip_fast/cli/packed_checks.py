@@ -20,7 +20,6 @@ QUERIES = KEYS + (KEYS < 100)  # where an image is padded
 FIRST = np.cumsum(QUERIES) - QUERIES
 ROWS, IMAGES, PADDED_TO = int(QUERIES.sum()), len(KEYS), 100
 STARTS = np.arange(IMAGES) * PADDED_TO  # in a batch as the model is given it and gives it back
-UNTUNED = ("patch_embed_rows", "attention_segments", "attention_pool_segments")  # of which no cache knows
 
 
 def cases(config: Siglip2VisionConfig, dtype: torch.dtype) -> list[Case]:

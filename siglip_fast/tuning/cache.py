@@ -33,8 +33,10 @@ class Operation(NamedTuple):
     """An operation of `siglip_fast.ops` on a fixed shape: what a table is about.
 
     dims: patch_embed (D, K, patch_size, tokens); layernorm_linear (out, in, activation); attention (tokens, heads, head_dim);
-    linear_residual (out, in, with residual); layernorm (D); attention_pool (tokens, D, heads). dtype: where its tensors
-    are of several, their names, which nobody tunes for.
+    linear_residual (out, in, with residual); layernorm (D); attention_pool (tokens, D, heads). Of packed images:
+    patch_embed_rows (D, K, taps); layernorm_linear also (…, rows side by side, with rotation); linear (out, in, activation);
+    attention_segments (heads, head_dim); layernorm of some rows (D, 1); attention_pool_segments (D, heads). dtype: where its
+    tensors are of several, their names, which nobody tunes for.
     """
 
     name: str
@@ -199,7 +201,7 @@ class Selection:
         self, name: str, dims: tuple[int, ...], dtype: torch.dtype | str, rows: int, launch: str = "eager"
     ) -> Choice:
         """That of the nearest number of rows that was measured, if it is near; else DEFAULT. `launch`: of LAUNCHES."""
-        memo, key = self._memo, (name, dims, dtype, rows, launch)
+        memo, key = self._memo, (name, dims, dtype, bucket(rows), launch)
         found = memo.get(key)
         if found is None:
             found = memo[key] = self._find(Operation(name, dims, dtype), rows, launch)

@@ -75,7 +75,7 @@ class Racing(Selection):
         self, name: str, dims: tuple[int, ...], dtype: torch.dtype | str, rows: int, run: Run, args: tuple
     ) -> None:
         """A race, if this is the time for one: not inside a capture, which could not wait for it."""
-        what = (name, dims, dtype, rows)
+        what = (name, dims, dtype, cache.bucket(rows))  # or a set would grow with each number of rows of packed images
         if what in self._settled or not applies(args[0]) or is_capturing(args[0]):
             return
         with _racing:
@@ -87,6 +87,8 @@ class Racing(Selection):
 
     def _wants_race(self, operation: Operation, rows: int, args: tuple) -> bool:
         if args[0].dtype == torch.uint8 or self.nearest(operation, rows):  # the vendor's libraries read no bytes
+            return False
+        if not vendor.routes(operation.name):
             return False
         if self._seconds >= BUDGET:
             _say(f"{BUDGET:.1f} s of races are over: what was not raced yet runs its built-in configurations")

@@ -1,4 +1,4 @@
-"""transformers' own tests of SiglipVisionModel, run on the stock class and on ours: the outcomes must be the same.
+"""transformers' own tests of our drop-ins' classes, run on the stock class and on ours: the outcomes must be the same.
 
 The wheel of transformers has no tests. Check out the installed version's tag and name its folder:
 
@@ -20,14 +20,21 @@ import transformers
 import siglip_fast
 
 CHECKOUT = os.environ.get("TRANSFORMERS_TESTS")
-NAMES = ["test_model"]
+DROP_INS = {"siglip": "SiglipVisionModel", "siglip2": "Siglip2VisionModel"}
+CASES = [(part, "test_model") for part in DROP_INS]
 if CHECKOUT:
     # Their package `tests` under a name of its own: pytest may have imported this folder as `tests`.
     package = types.ModuleType("transformers_tests")
     package.__path__ = [os.path.join(os.path.expanduser(CHECKOUT), "tests")]
     sys.modules[package.__name__] = package
-    theirs = importlib.import_module("transformers_tests.models.siglip.test_modeling_siglip")
-    NAMES = unittest.TestLoader().getTestCaseNames(theirs.SiglipVisionModelTest)
+    theirs = {
+        part: importlib.import_module(f"transformers_tests.models.{part}.test_modeling_{part}") for part in DROP_INS
+    }
+    CASES = [
+        (part, name)
+        for part, model in DROP_INS.items()
+        for name in unittest.TestLoader().getTestCaseNames(getattr(theirs[part], f"{model}Test"))
+    ]
 
 pytestmark = [
     pytest.mark.slow,
@@ -35,11 +42,25 @@ pytestmark = [
 ]
 
 
-def outcome(name: str, model_class: type, monkeypatch: pytest.MonkeyPatch) -> tuple[str, str]:
+@pytest.fixture(autouse=True)
+def padded_by_zeros(monkeypatch):
+    """As NaFlex's processor pads images. Theirs are padded by noise, which the drop-in leaves to stock's code."""
+    tester = theirs["siglip2"].Siglip2VisionModelTester
+    prepare = tester.prepare_config_and_inputs
+
+    def padded(self):
+        config, pixel_values, mask, shapes = prepare(self)
+        return config, pixel_values * mask[..., None], mask, shapes
+
+    monkeypatch.setattr(tester, "prepare_config_and_inputs", padded)
+
+
+def outcome(part: str, name: str, model_class: type, monkeypatch: pytest.MonkeyPatch) -> tuple[str, str]:
     """("passed" | "skipped" | "failed", why) of transformers' test `name` with `model_class` for the model."""
     # For their model tester, and for the tests that name the class.
-    monkeypatch.setattr(theirs, "SiglipVisionModel", model_class)
-    case = type("Test", (theirs.SiglipVisionModelTest,), {"all_model_classes": (model_class,)})(name)
+    monkeypatch.setattr(theirs[part], DROP_INS[part], model_class)
+    test = getattr(theirs[part], f"{DROP_INS[part]}Test")
+    case = type("Test", (test,), {"all_model_classes": (model_class,)})(name)
     result = unittest.TestResult()
     transformers.set_seed(0)
     case.run(result)
@@ -48,22 +69,25 @@ def outcome(name: str, model_class: type, monkeypatch: pytest.MonkeyPatch) -> tu
     return ("skipped", result.skipped[0][1]) if result.skipped else ("passed", "")
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_same_outcome_as_stock(name, monkeypatch):
-    stock, why = outcome(name, transformers.SiglipVisionModel, monkeypatch)
+@pytest.mark.parametrize("part, name", CASES)
+def test_same_outcome_as_stock(part, name, monkeypatch):
+    stock, why = outcome(part, name, getattr(transformers, DROP_INS[part]), monkeypatch)
     if stock == "failed":
         pytest.skip(f"fails on the stock class: {why.splitlines()[-1]}")
-    ours, problem = outcome(name, siglip_fast.SiglipVisionModel, monkeypatch)
+    ours, problem = outcome(part, name, getattr(siglip_fast, DROP_INS[part]), monkeypatch)
     assert ours == stock, problem or why
     if stock == "skipped":
         pytest.skip(f"skipped on both: {why}")
 
 
-def test_their_inputs_take_the_fused_path():
-    """Most of their tests ask for hidden states, which the stock forward serves: this one is about ours."""
-    config, inputs = theirs.SiglipVisionModelTester(None).prepare_config_and_inputs_for_common()
-    stock = transformers.SiglipVisionModel(config).eval().to(theirs.torch_device)
-    ours = siglip_fast.SiglipVisionModel(config).eval().to(theirs.torch_device)
+@pytest.mark.parametrize("part", DROP_INS)
+def test_their_inputs_take_the_fused_path(part):
+    """Many of their tests ask for what the stock forward serves: this one is about ours."""
+    stock_class, our_class = (getattr(module, DROP_INS[part]) for module in (transformers, siglip_fast))
+    tester = getattr(theirs[part], f"{DROP_INS[part]}Tester")(None)
+    config, inputs = tester.prepare_config_and_inputs_for_common()
+    stock = stock_class(config).eval().to(theirs[part].torch_device)
+    ours = our_class(config).eval().to(theirs[part].torch_device)
     ours.load_state_dict(stock.state_dict())
     with torch.no_grad():
         assert ours.why_not(**inputs) is None

@@ -3,6 +3,7 @@
 Times are made up; forwards, checks, files, threads and processes are real, kernels Triton's interpreter's.
 """
 
+import copy
 import json
 import logging
 import subprocess
@@ -14,11 +15,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import zoo
 from device import DEVICE, ON_GPU
 from models import TINY, drop_in, stock_model
+from packed_towers import naflex_inputs, qwen3_vl_inputs, qwen3_vl_tower
 from torch.utils._pytree import tree_map
-from transformers import SiglipVisionConfig
+from transformers import Siglip2VisionConfig, SiglipVisionConfig
 
+import siglip_fast
 from siglip_fast.backends import select, vendor
 from siglip_fast.backends import triton as triton_backend
 from siglip_fast.backends.choice import DEFAULT, Choice
@@ -509,6 +513,29 @@ class TestModel:
         torch.testing.assert_close(model(pixels)[:], outputs[:], atol=2e-2, rtol=2e-2)
         model.forget_derived()
         model(pixels)
+        assert len(fresh.made) == races
+
+    @pytest.mark.parametrize("tower", ["naflex", "qwen3_vl"])
+    @torch.no_grad()
+    def test_packed_images(self, fresh, tower):
+        """Every operation that has a vendor's route, which wins and is right; what goes by segments has none."""
+        if tower == "naflex":
+            stock = stock_model(Siglip2VisionConfig(**zoo.SIGLIP2_VISION), "sdpa", "Siglip2VisionModel").to(DEVICE)
+            model = drop_in(stock, backend="triton", strict=True).to(DEVICE)
+            call = {name: value.to(DEVICE) for name, value in naflex_inputs([(3, 5), (4, 4)], 16).items()}
+            alone = {"patch_embed_rows", "layernorm_linear", "linear_residual", "layernorm"}
+        else:
+            stock = qwen3_vl_tower().to(DEVICE)
+            model = siglip_fast.apply_to(copy.deepcopy(stock), backend="triton", strict=True)
+            call = dict(zip(("hidden_states", "grid_thw"), qwen3_vl_inputs([(1, 4, 2), (1, 2, 6)]), strict=True))
+            alone = {"patch_embed_rows", "layernorm_linear", "linear_residual", "layernorm", "linear"}
+        model(**call)
+        entries = in_file()
+        assert {name.split()[0] for name in entries} == alone
+        assert all(entry["graph"]["route"] == "vendor" for buckets in entries.values() for entry in buckets.values())
+        assert not any(entry["dropped"] for buckets in entries.values() for entry in buckets.values())
+        races = len(fresh.made)
+        assert zoo.error(zoo.tensors(model(**call)), zoo.tensors(stock(**call))) < 1e-4
         assert len(fresh.made) == races
 
     @torch.no_grad()
