@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 from transformers.activations import ACT2FN
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
 
 from ..forward import PackedOutputs, Packing
 from ..ops import Position, Rotation
@@ -55,7 +57,7 @@ class Qwen3VLTower(Built, Traced, CapturedPacked):
     output_class: ClassVar[type[BaseModelOutputWithPooling] | None]
 
     def forward(
-        self, hidden_states: Tensor, grid_thw: Tensor, **kwargs
+        self, hidden_states: Tensor, grid_thw: Tensor, **kwargs: Unpack[TransformersKwargs]
     ) -> BaseModelOutputWithPooling | tuple[Tensor | list[Tensor], ...]:
         """`hidden_states [M, K]`, the pixels of the M patches of all images and videos, and `grid_thw` int64 `[B, 3]`, frames,
         height and width of each in patches → `last_hidden_state [M, D]`, `pooler_output [M / 4, out]` and, of towers that

@@ -14,6 +14,8 @@ import transformers
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.siglip2 import modeling_siglip2
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
 
 from ..forward import Outputs, Packing
 from ..ops import Position
@@ -52,7 +54,11 @@ class Siglip2Tower(Traced, CapturedPacked):
     mask_name = "pixel_attention_mask"
 
     def forward(
-        self, pixel_values: Tensor, pixel_attention_mask: Tensor, spatial_shapes: Tensor, **kwargs
+        self,
+        pixel_values: Tensor,
+        pixel_attention_mask: Tensor,
+        spatial_shapes: Tensor,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPooling | tuple[Tensor, ...]:
         """`pixel_values [B, N, K]`, `pixel_attention_mask [B, N]`, `spatial_shapes` int64 `[B, 2]` (height, width in patches)
         → `last_hidden_state [B, N, D]` and `pooler_output [B, D]` (None without head).
@@ -230,7 +236,11 @@ if hasattr(modeling_siglip2, "Siglip2VisionTransformer"):
         mask_name = "attention_mask"
 
         def forward(
-            self, pixel_values: Tensor, attention_mask: Tensor, spatial_shapes: Tensor, **kwargs
+            self,
+            pixel_values: Tensor,
+            attention_mask: Tensor,
+            spatial_shapes: Tensor,
+            **kwargs: Unpack[TransformersKwargs],
         ) -> BaseModelOutputWithPooling | tuple[Tensor, ...]:
             """As of the model; the mask has another name here."""
             return super().forward(pixel_values, attention_mask, spatial_shapes, **kwargs)
