@@ -17,7 +17,7 @@ import triton.language as tl
 from .attention import _attend, _load_slice, _store_slice, head_slices
 from .gemm import device_guard, gpu_arch, input_precision, multiprocessors
 from .launch import empty, launch
-from .tiles import attention_segments_default
+from .tiles import attention_segments_default, attention_tiles, default_first
 
 MOST = 2**31  # elements of qkv within a segment, whose offsets have 32 bits
 
@@ -76,6 +76,11 @@ def _attention_segments_kernel(
     _store_slice(out_ptr, acc0 / row_sum[:, None], rows, queries, 0, WIDTH0, HEAD_DIM, STRIDE_OUT)
     if WIDTH1 > 0:
         _store_slice(out_ptr, acc1 / row_sum[:, None], rows, queries, WIDTH0, WIDTH1, HEAD_DIM, STRIDE_OUT)
+
+
+def attention_segments_configs(dtype: torch.dtype, arch: str, M: int, H: int, d: int) -> list[dict[str, int]]:
+    """Candidates for M rows of segments that are not all short, the default first."""
+    return default_first(attention_segments_default(dtype, arch, M, M, H, d), attention_tiles(dtype, arch))
 
 
 def attention_segments(

@@ -71,7 +71,7 @@ class Backend:
         rows, dims = hidden_states.numel() // K, (*linear.weight.shape, ACTIVATIONS.index(activation))
         merged = len(moments) // max(1, rows)
         if activation == "erf" or rotation is not None or merged > 1:
-            dims = (*dims, merged, rotation is not None)
+            dims = (*dims, merged, 0 if rotation is None else 4 * rotation.table.shape[1])
         few = lambda: (  # noqa: E731
             hidden_states.view(-1, K)[:1], moments[:merged], linear, activation,
             rotation and rotation._replace(place=rotation.place[:1]),

@@ -14,11 +14,10 @@ from ..feed.kinds import kind_of
 from ..feed.loading import load_model, pick_device, route
 from ..models.base import Fused
 from ..ops import Linear, NormedLinear, PatchEmbedding
-from ..tuning import cache
+from ..tuning import cache, packed_cases
 from ..tuning.cache import LAUNCHES, Selection, version_of
 from ..tuning.cases import Case, cases, inputs
 from ..tuning.verify import Verifier
-from . import packed_checks
 
 
 def run(args: Namespace) -> int:
@@ -71,6 +70,9 @@ def check_operations(model: Fused, device: torch.device) -> bool:
     return all_right
 
 
+ROWS = 282  # of the images that are checked, where they may have any size: the shares of packed_cases are then patches
+
+
 class Checks(NamedTuple):
     """Of which operations, on what."""
 
@@ -84,8 +86,9 @@ def checks_of(model: Fused) -> Checks:
     """Those of a model's operations on one image, or on a mix of sizes where it takes any."""
     config = model.config
     if kind_of(config).keeps_aspect:
-        remark = f" on {packed_checks.IMAGES} images of {min(packed_checks.KEYS)} to {max(packed_checks.KEYS)} patches"
-        return Checks(packed_checks.cases(config, model.dtype), packed_checks.inputs, False, remark)
+        keys = packed_cases.mix(ROWS).keys
+        remark = f" on {len(keys)} images of {min(keys)} to {max(keys)} patches"
+        return Checks(packed_cases.cases(config, model.dtype, ROWS), packed_cases.inputs, False, remark)
     tokens = (config.image_size // config.patch_size) ** 2
     return Checks(cases(config, tokens, model.dtype, [1]), inputs, True, "")
 

@@ -7,7 +7,6 @@ import torch
 from ..backends.choice import Choice
 from ..backends.select import backend_for
 from ..errors import UserError, first_line
-from ..feed.kinds import kind_of
 from ..feed.loading import pick_device
 from ..models.variants import load_config
 from ..tuning.cache import LAUNCHES, is_measured
@@ -20,8 +19,6 @@ def run(args: Namespace) -> int:
     if device.type == "cpu" and not _can_interpret():
         raise UserError("tune finds what runs each operation fastest on a GPU; a CPU leaves no choice: run it on a GPU")
     config = load_config(args)
-    if kind_of(config).keeps_aspect:
-        raise UserError("tune measures images of one size; a NaFlex model's are of any")
     try:
         report = tune(
             config,

@@ -10,10 +10,11 @@ from ..forward import PackedOutputs
 from ..running.packed_graphs import Call, PackedGraphs
 from .graphed import Graphed, check_counts
 from .packed import Packed
+from .tuned import Tuned
 from .weights import Derived
 
 
-class CapturedPacked(Graphed, Packed):
+class CapturedPacked(Graphed, Tuned, Packed):
     multiple_of = 1  # rows, of which a budget has to have whole multiples
 
     def capture(self, token_budgets: Sequence[int], max_images: int = 64) -> None:

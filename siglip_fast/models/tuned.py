@@ -20,7 +20,8 @@ class Tuned(Fused):
         measured again unless `force`; what a first forward's race found (`siglip_fast.tuning.race`) is. The same as `siglip-fast tune`.
 
         Args:
-            batch_sizes: images a forward. Batches up to four times larger or smaller run as the nearest of these.
+            batch_sizes: images a forward. Batches up to four times larger or smaller run as the nearest of these. Of images of any
+                size as many patches are measured as so many of 1024 have, or of the config's num_patches.
             budget: seconds; what is not measured by then stays as it was.
 
         Raises:

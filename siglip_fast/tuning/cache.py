@@ -34,7 +34,7 @@ class Operation(NamedTuple):
 
     dims: patch_embed (D, K, patch_size, tokens); layernorm_linear (out, in, activation); attention (tokens, heads, head_dim);
     linear_residual (out, in, with residual); layernorm (D); attention_pool (tokens, D, heads). Of packed images:
-    patch_embed_rows (D, K, taps); layernorm_linear also (…, rows side by side, with rotation); linear (out, in, activation);
+    patch_embed_rows (D, K, taps); layernorm_linear also (…, rows side by side, head_dim of a rotation or 0); linear (out, in, activation);
     attention_segments (heads, head_dim); layernorm of some rows (D, 1); attention_pool_segments (D, heads). dtype: where its
     tensors are of several, their names, which nobody tunes for.
     """

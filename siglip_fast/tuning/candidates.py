@@ -11,6 +11,7 @@ from triton.runtime.jit import JITFunction
 
 from siglip_fast.kernels.attention import attention_configs
 from siglip_fast.kernels.attention_pool import attention_pool_configs
+from siglip_fast.kernels.attention_segments import attention_segments_configs
 from siglip_fast.kernels.gemm import gpu_arch
 from siglip_fast.kernels.layernorm import layernorm_configs
 from siglip_fast.kernels.layernorm_linear import layernorm_linear_configs
@@ -21,6 +22,7 @@ from ..backends import vendor
 from ..backends.choice import DEFAULT, Choice
 from ..backends.triton import Backend
 from .cases import Case
+from .packed_cases import PATCHES
 
 
 def candidates(case: Case) -> list[Choice]:
@@ -29,11 +31,15 @@ def candidates(case: Case) -> list[Choice]:
     arch = gpu_arch()
     configs = {
         "patch_embed": lambda: patch_embed_configs(dtype, arch, rows, *dims[:2]),
+        "patch_embed_rows": lambda: patch_embed_configs(dtype, arch, rows, *dims[:2]),
         "layernorm_linear": lambda: layernorm_linear_configs(dtype, arch, rows, *dims[:2]),
+        "linear": lambda: layernorm_linear_configs(dtype, arch, rows, *dims[:2]),
         "attention": lambda: attention_configs(dtype, arch, rows, *dims),
+        "attention_segments": lambda: attention_segments_configs(dtype, arch, rows, *dims),
         "linear_residual": lambda: linear_residual_configs(dtype, arch, rows, *dims[:2]),
         "layernorm": layernorm_configs,
         "attention_pool": lambda: attention_pool_configs(dtype, arch, rows, dims[0]),
+        "attention_pool_segments": lambda: attention_pool_configs(dtype, arch, rows, PATCHES),
     }[name]()
     # The default as such, not its figures: the cache then says that it won.
     return [DEFAULT, *(Choice("triton", config) for config in configs[1:]), *map(Choice, vendor.routes(name))]

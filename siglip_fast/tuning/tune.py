@@ -13,14 +13,15 @@ from typing import NamedTuple
 import torch
 from filelock import FileLock, Timeout
 from tqdm import tqdm
-from transformers import SiglipVisionConfig
+from transformers import PretrainedConfig
 
 from ..backends.select import backend_for
 from ..errors import typed_line
 from . import cache
 from .cache import Entries, Key
-from .cases import Case, cases, encode
+from .cases import Case, encode
 from .child import PREPARATION, WORKER, WorkerDied, events_of
+from .packed_cases import cases_of, usual_tokens
 from .select import unmeasured
 
 logger = logging.getLogger("siglip_fast")
@@ -39,7 +40,7 @@ class Report(NamedTuple):
 
 
 def tune(
-    config: SiglipVisionConfig,
+    config: PretrainedConfig,
     dtype: torch.dtype,
     batch_sizes: Sequence[int],
     device: torch.device,
@@ -53,9 +54,10 @@ def tune(
     """Measure the operations of a model on a device and write the cache; what it holds is measured again if `force`.
 
     Args:
-        config: the model's SiglipVisionConfig; its weights do not matter.
+        config: the vision model's; its weights do not matter.
         batch_sizes: images a forward.
-        tokens: patches an image. Default: those of the config's image_size.
+        tokens: patches an image. Default: those of the config's image_size; of images of any size, which are measured in a mix
+            of sizes with as many patches in all, those of its num_patches, or 1024.
         budget: seconds after which no further candidate is started.
         worker: the command that runs candidates.
         stall: seconds without news after which a candidate is taken to hang.
@@ -70,22 +72,22 @@ def tune(
     device = _with_index(device)
     backend_for("triton", device)  # raises where it cannot run
     if tokens is None:
-        tokens = (config.image_size // config.patch_size) ** 2
-    todo = cases(config, tokens, dtype, batch_sizes)
+        tokens = usual_tokens(config)
+    todo = cases_of(config, tokens, dtype, batch_sizes)
     key = Key.of(device)
     with _lock(key):
         return _tune(todo, key, device, budget, force, worker, stall)
 
 
 def first_contact(
-    config: SiglipVisionConfig, dtype: torch.dtype, batch_size: int, tokens: int, device: torch.device
+    config: PretrainedConfig, dtype: torch.dtype, batch_size: int, tokens: int, device: torch.device
 ) -> None:
     """With SIGLIP_FAST_TUNE=auto: measure what the cache holds nothing about, once. Never fails; says what it does."""
     if cache.mode() != "auto":
         return
     device = _with_index(device)
     key = Key.of(device)
-    wanted = cases(config, tokens, dtype, [batch_size])
+    wanted = cases_of(config, tokens, dtype, [batch_size])
     try:
         if _all_known(wanted, key):
             return

@@ -16,8 +16,9 @@ import torch
 from ..backends.choice import Choice
 from ..errors import first_line
 from .candidates import candidates, compile_ahead, run
-from .cases import Case, bytes_of, copied, decode, inputs
+from .cases import Case, bytes_of, copied, decode
 from .child import PREPARATION
+from .packed_cases import inputs
 from .select import Announce, Sample, Timer, select, unmeasured
 from .verify import Verifier, end, end_if_ruined
 

@@ -17,9 +17,11 @@ from test_cli import here, picture, read, run, save
 from transformers import Siglip2VisionConfig
 
 from siglip_fast.backends import torch as plain
-from siglip_fast.cli import demo, packed_checks
+from siglip_fast.cli import demo
+from siglip_fast.cli.info import ROWS
 from siglip_fast.cli.main import main
 from siglip_fast.models.variants import NAFLEX
+from siglip_fast.tuning import packed_cases
 from siglip_fast.tuning.verify import Verifier
 
 __all__ = ["here"]  # a fixture
@@ -115,7 +117,7 @@ class TestInfo:
         assert f"runs on: backend {backend}\n" in out and "derived weights beside them: 0 MB\n" in out
         assert "operations on 6 images of 1 to 100 patches" in out
         assert out.count(" rows: right\n") == 11
-        names = ("patch_embed_rows", "attention_segments", "attention_pool_segments", "layernorm 64")
+        names = ("patch_embed_rows", "attention_segments", "attention_pool_segments", "layernorm 64x1")
         assert all(out.count(f"  {name} ") == 1 for name in names)
 
     def test_the_self_check_fails(self, tiny_variant, capsys, monkeypatch):
@@ -166,17 +168,12 @@ def test_the_checks_notice(name, dtype):
     """Each by itself, in 16 bits too."""
     operation, broken = MISTAKES[name]
     device = torch.device("cpu")
-    cases = packed_checks.cases(Siglip2VisionConfig(**zoo.SIGLIP2_VISION), dtype)
+    cases = packed_cases.cases(Siglip2VisionConfig(**zoo.SIGLIP2_VISION), dtype, ROWS)
     (case,) = [case for case in cases if case.operation.name == operation]
-    args = packed_checks.inputs(case, device)
+    args = packed_cases.inputs(case, device)
     verify = Verifier(case, device, args)
     assert verify(lambda: getattr(plain, operation)(*args)) is None
     assert "wrong" in verify(lambda: broken(*args))
-
-
-def test_tune_says_that_it_cannot(tiny_variant, capsys):
-    assert main(["tune", "--random-weights", tiny_variant, "--device", "cpu"]) == 2
-    assert "tune measures images of one size" in capsys.readouterr().err
 
 
 class TestDemo:

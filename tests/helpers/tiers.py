@@ -44,6 +44,7 @@ GATE = {
 
 # Too slow for the gate as well: real sizes and candidates in Triton's interpreter, which ttsem runs in bf16 in the gate.
 SLOW = {
+    "tuning/test_tune.py": r"end_to_end\[any size",
     "models/test_siglip.py": r"full_depth\[triton|on_triton\[(large|so400m)|real_width\[triton",
     "models/test_qwen3_vl.py": r"long-triton|fp32-uneven-triton|fp16-\w*-triton",
     "models/test_idefics.py": r"triton-(?!16-24)",

@@ -15,8 +15,10 @@ from pathlib import Path
 import filelock
 import pytest
 import torch
+import zoo
 from models import TINY, drop_in, stock_model
-from transformers import SiglipVisionConfig
+from packed_towers import naflex_inputs
+from transformers import Siglip2VisionConfig, SiglipVisionConfig
 
 from siglip_fast.backends import select
 from siglip_fast.backends.choice import DEFAULT
@@ -25,6 +27,7 @@ from siglip_fast.tuning import cache
 from siglip_fast.tuning import tune as tuning
 from siglip_fast.tuning.cache import Key, Operation
 from siglip_fast.tuning.cases import Case, cases, inputs
+from siglip_fast.tuning.packed_cases import cases_of, usual_tokens
 from siglip_fast.tuning.verify import Verifier
 
 CPU = torch.device("cpu")
@@ -377,26 +380,31 @@ def test_compile_ahead_leaves_nothing_to_compile():
     assert choices == ahead == in_all > 1, result.stderr
 
 
-def test_the_command_line_end_to_end(monkeypatch, capsys, cache_dir):
+@pytest.mark.parametrize("kind", ["one size", "any size"])
+def test_the_command_line_end_to_end(kind, monkeypatch, capsys, cache_dir):
     """The real worker and the real candidates, on one small model; times are the interpreter's and mean nothing."""
-    monkeypatch.setattr(
-        "siglip_fast.cli.tune.load_config", lambda args: SiglipVisionConfig(**TINY | {"num_attention_heads": 2})
-    )
+    if kind == "one size":
+        config, stock_name = SiglipVisionConfig(**TINY | {"num_attention_heads": 2}), "SiglipVisionModel"
+        call = {"pixel_values": torch.randn(1, 3, 24, 24).half()}
+    else:
+        config, stock_name = Siglip2VisionConfig(**zoo.SIGLIP2_VISION), "Siglip2VisionModel"
+        call = naflex_inputs([(3, 5)], 16)
+        call["pixel_values"] = call["pixel_values"].half()
+    monkeypatch.setattr("siglip_fast.cli.tune.load_config", lambda args: config)
     assert main(["tune", "--device", "cpu", "--dtype", "float16", "--batch-sizes", "1"]) == 0
     out = capsys.readouterr().out
-    assert "attention 9x2x32 float16" in out and f"written: {Key.of(CPU).path()}" in out
+    assert f"written: {Key.of(CPU).path()}" in out
     entries = in_cache()
-    config = SiglipVisionConfig(**TINY | {"num_attention_heads": 2})
-    assert set(entries) == {str(case.operation) for case in cases(config, 9, torch.float16, [1])}
+    expected = {str(case.operation) for case in cases_of(config, usual_tokens(config), torch.float16, [1])}
+    assert set(entries) == expected and all(name in out for name in expected)
     for buckets in entries.values():
         for entry in buckets.values():
             assert entry["eager"]["route"] is not None and len(entry["eager"]["microseconds"]) >= 2
             assert not any("wrong" in reason for name, reason in entry["dropped"].items() if name.startswith("triton"))
-    stock = stock_model(config).half()
-    ours = drop_in(stock, backend="triton")
-    pixels = torch.randn(1, 3, 24, 24).half()
+    stock = stock_model(config, "sdpa", stock_name).half()
+    ours = drop_in(stock, backend="triton", strict=True)
     with torch.no_grad():
-        torch.testing.assert_close(ours(pixels)[:], stock(pixels)[:], atol=2e-2, rtol=2e-2)
+        torch.testing.assert_close(ours(**call)[:], stock(**call)[:], atol=2e-2, rtol=2e-2)
 
 
 def test_not_on_a_cpu_without_the_interpreter(monkeypatch, capsys):
