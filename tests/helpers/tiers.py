@@ -13,7 +13,7 @@ GATE = {
     r"|on_the_cpu\[(?!base-patch16-224|base-patch32|so400m-patch14-384)",
     "models/test_hidden_states.py": r"triton",
     "kernels/test_attention.py": r"triton-(so400m-384|so400m-448|giant)",
-    "kernels/test_attention_segments.py": r"fp32-triton-a-long-one|every_default_tile",
+    "kernels/test_attention_segments.py": r"fp32-triton-a-long-one|every_default_tile|triton-hundreds|the_longest|32_bits",
     "kernels/test_attention_pool.py": r"triton-(So400m-384|B16-224)",
     "kernels/test_configs.py": r"",
     "cli/test_naflex.py": r"is_right\[triton",
@@ -49,6 +49,7 @@ SLOW = {
     "models/test_qwen3_vl.py": r"long-triton|fp32-uneven-triton|fp16-\w*-triton",
     "models/test_idefics.py": r"triton-(?!16-24)",
     "kernels/test_configs.py": r"\[fp(32|16)",
+    "kernels/test_attention_segments.py": r"fp(32|16)-triton-4096",
     "kernels/test_layernorm_linear.py": r"fp(32|16)-triton-(so400m|giant|large)|fp32-triton-base",
     "kernels/test_linear_residual.py": r"fp(32|16)-triton-(so400m|giant|large)|fp32-triton-base",
 }

@@ -16,6 +16,8 @@ LENGTHS = {  # keys, and how many rows more only look at them, of each segment
     "a-long-one": ([3, 1000, 2], None),
     "query-only-rows": ([64, 5, 130], [1, 3, 65]),
     "all-short": ([4, 16, 1, 9], [0, 0, 3, 0]),
+    "hundreds": ([1 + i % 7 for i in range(300)], None),
+    "4096": ([1, 4096, 65], [0, 1, 0]),
 }
 
 
@@ -63,6 +65,31 @@ def test_head_dims(d, dtype, backend, device):
     segments = segments_of([17, 70], device, [1, 0])
     qkv = make(segments, 2, d, dtype, device)
     check(Ops(backend).attention(qkv, segments), qkv, segments)
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+def test_the_longest(backend):
+    """By some of its rows: scores of all would take 34 GB."""
+    keys = [2, 65536, 3]
+    segments = segments_of(keys, "cpu")
+    qkv = make(segments, 1, 64, torch.float32, "cpu")
+    out = Ops(backend).attention(qkv, segments)
+    rows = torch.tensor([2, 3, 30000, 65537])
+    (q, k, v) = (part.transpose(0, 1)[None] for part in qkv[2 : 2 + 65536].unbind(1))
+    expected, plain = (attend(q[:, :, rows - 2], k, v)[0, 0] for attend in (in_float64, F.scaled_dot_product_attention))
+    reference.assert_accurate(out[rows, 0], expected, plain)
+
+
+@pytest.mark.parametrize("backend", ["triton"])
+def test_a_segment_beyond_32_bits(backend, device):
+    """Whose first element of qkv is the 2³¹st or a later one."""
+    first, queries = 2**31 // (3 * 64) + 5, 20
+    qkv = torch.zeros(first + queries, 3, 1, 64, dtype=torch.float16, device=device)  # of pages that nobody touches
+    alone = segments_of([queries], "cpu")
+    qkv[first:] = make(alone, 1, 64, torch.float16, device)
+    schedule = {rows: entries + entries.new_tensor([first, 0, 0, 0]) for rows, entries in alone.schedule.items()}
+    out = attention_segments(qkv, queries, {rows: entries.to(device) for rows, entries in schedule.items()})
+    check(out[first:], qkv[first:], alone)
 
 
 def test_equal_segments(dtype, backend, device):
