@@ -55,6 +55,30 @@ TARGETS = {  # times `before`, of JPEGs at 224²
 SMOOTH = ", smooth"
 LEAST_SECONDS = 0.1  # of a turn: several images where one is small, or it would find the caches as others left them
 BEFORE, BARE, TORCHVISION = "before", "Pillow bare", "torchvision"
+HEAD = """# What a core prepares for the model
+
+`siglip-fast embed` decodes and resizes images by one of four names:
+
+| `--decoder` | decodes | resizes | pixels |
+|---|---|---|---|
+| `pillow`, the default | Pillow | Pillow | those of Hugging Face's image processor, bit for bit |
+| `torch` | Pillow | torch, antialiased | within one level of 255 |
+| `simplejpeg` | JPEGs: libjpeg-turbo by simplejpeg (`pip install -e '.[fast]'`); others: Pillow | torch | as `torch` |
+| `auto` | the fastest of these on this machine, measured at the start and told | | |
+
+One level holds where the image is at least twice as large as what the model takes, on both sides. Nearer to it about one value
+in 100,000 differs by two; an image that has to grow is resized by Pillow. Where several machines have to agree to the bit, name a decoder instead of
+`auto`. Broken files are refused with Pillow's words by all of them. An image processor that does more than resize, rescale and
+normalise runs as it is, and only `pillow` goes with it.
+
+`--draft` decodes a JPEG at a half, a quarter or an eighth of its size, where that is at least twice what the model takes. It changes
+pixels; the last table says how much.
+
+## How this was measured
+
+Made by `python bench/feed.py --markdown docs/feed.md --plot docs/feed.png`, whose first lines say how. *before* is what `embed` did
+until these decoders: Pillow, a copy for EXIF, one for RGB, and Hugging Face's image processor.
+""".splitlines()
 Run = Callable[[bytes], Tensor]  # to uint8 pixels [3, h, w] or NaFlex's rows, or to normalised ones
 
 

@@ -161,8 +161,8 @@ def missing(decoder: str) -> str | None:
         return "simplejpeg is not installed: pip install -e '.[fast]' in the checkout"
     if decoder == "pillow":
         return None
-    Image.core.set_use_block_allocator(1)
     try:
+        Image.core.set_use_block_allocator(1)
         _shared(Image.new("RGB", (5, 3)))
     except Exception as error:  # an old Pillow's images are no Arrow arrays; PILLOW_ALIGNMENT leaves gaps between rows
         return f"Pillow {PIL.__version__} does not share its memory: {first_line(error)}"
