@@ -1,5 +1,6 @@
 """What becomes of an image before the model: the pixels of Hugging Face's processor, by any decoder, and the same refusals."""
 
+import functools
 import io
 import pickle
 import random
@@ -38,9 +39,14 @@ PROCESSORS = {
 }
 
 
-def photo(height: int, width: int, name: str = "astronaut") -> Image.Image:
+@functools.cache
+def photograph(name: str) -> Image.Image:
     data = pytest.importorskip("skimage.data", reason="scikit-image is not installed")
-    return Image.fromarray(getattr(data, name)()).resize((width, height), Image.Resampling.BICUBIC)
+    return Image.fromarray(getattr(data, name)())
+
+
+def photo(height: int, width: int, name: str = "astronaut") -> Image.Image:
+    return photograph(name).resize((width, height), Image.Resampling.BICUBIC)
 
 
 def encoded(image: Image.Image, format: str = "PNG", orientation: int | None = None, **settings) -> bytes:
@@ -70,6 +76,7 @@ def for_the_model(prepare: Prepare, source: bytes) -> dict[str, torch.Tensor]:
     return batch
 
 
+@functools.cache
 def many_images() -> dict[str, bytes]:
     base = photo(67, 45)
     gray16 = Image.fromarray((np.asarray(base.convert("L")).astype(np.uint16) * 257 + 3).astype(np.uint16))
@@ -211,7 +218,7 @@ class TestDecoders:
         rng, size = random.Random(0), {"height": 48, "width": 40}
         exact, fast = (Prepare(processor(size=size, resample=resample), name) for name in ("pillow", decoder))
         apart = []
-        for name in ("astronaut", "coffee", "noise", "checks") * 6:
+        for name in ("astronaut", "coffee", "noise", "checks") * 4:
             height, width = (max(1, int(side * rng.uniform(*factors))) for side in size.values())
             if name == "noise":
                 image = Image.fromarray(picture(height, height, width))
@@ -229,7 +236,7 @@ class TestDecoders:
         """Pillow 13 resizes columns before rows where that is cheaper, torch never does by itself: up to six levels."""
         exact, fast = (Prepare(processor(), name) for name in ("pillow", decoder))
         for orientation in (1, 2, 6, 7):
-            for size in ((900, 225), (230, 1500), (2500, 300)):
+            for size in ((900, 225), (230, 1300)):
                 source = encoded(photo(*size), "JPEG", orientation, quality=95)
                 apart = levels(exact, fast, source)
                 assert apart.max() <= 2 and (apart > 1).mean() <= 1e-4, (orientation, size)
@@ -339,11 +346,11 @@ class TestDraft:
         sizes = [image.size[::-1] if isinstance(image, Image.Image) else tuple(image.shape[:2]) for image in seen]
         assert sizes == [(400, 250), (200, 125) if orientation == 1 else (100, 63)]
         apart = (plain["pixel_values"].int() - draft["pixel_values"].int()).abs()
-        assert 0 < apart.max() < 40 and apart.float().mean() < 2
+        assert 0 < apart.max() < 15 and apart.float().mean() < 1
 
     @EACH_DECODER
     def test_what_is_small_or_no_jpeg_stays(self, decoder):
-        for source in (encoded(photo(90, 100), "JPEG"), encoded(photo(400, 300))):
+        for source in (encoded(photo(90, 100), "JPEG"), encoded(photo(130, 150))):
             plain, draft = (Prepare(processor(size=self.SIZE), decoder, draft=draft)(source) for draft in (False, True))
             assert torch.equal(plain["pixel_values"], draft["pixel_values"])
 
