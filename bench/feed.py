@@ -5,10 +5,10 @@
 Photographs that come with scikit-image, side by side in their own resolution, fill 256×256, 1152×864 and 4000×3000 pixels; and
 one of them, enlarged, is as smooth as what a camera makes: JPEGs of it are half as large, and take less time to decode.
 Each candidate has a process of its own, as it would have in use: what others leave in the allocator makes it a fifth faster or
-slower. In every round each has its turn, one after the other, and figures are medians of processor time: another job on the
-machine then counts little, and a candidate with threads would gain nothing by them. The peer `before` is what
-`siglip-fast embed` did first: Pillow, a copy for EXIF, one for RGB, and Hugging Face's image processor. Pixels are compared in
-the same run, as levels of 255. No model runs but for the last table, whose weights are random.
+slower. In every round each has its turn, one after the other. Milliseconds are medians of processor time, so that another job
+counts little and threads gain nothing; ratios are medians of the rounds' ratios. The peer `before` is what `siglip-fast embed`
+did first: Pillow, a copy for EXIF, one for RGB, and Hugging Face's image processor. Pixels are compared in the same run, as
+levels of 255. No model runs but for the last table, whose weights are random.
 """
 
 import argparse
@@ -217,7 +217,7 @@ def compare(sources: dict[tuple[str, str], bytes], variant: str, rounds: int) ->
             of_one = statistics.median(seconds[name])
             row = {"size": size, "format": format, "candidate": name, "milliseconds": 1e3 * of_one}
             row |= {"images_per_second": 1 / of_one, "all_cores": statistics.median(rates[name])}
-            row["times_before"] = slowest / of_one
+            row["times_before"] = statistics.median(a / b for a, b in zip(seconds[BEFORE], seconds[name], strict=True))
             pixels = candidate(_levels, source)
             if pixels.shape == exact.shape:  # bare rows are not cut into patches
                 used = exact != exact[-1] if pixels.ndim == 2 else slice(None)
