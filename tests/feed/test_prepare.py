@@ -12,6 +12,7 @@ import transformers
 from PIL import Image, ImageOps, features
 from test_cli import here, make_checkpoint, picture, read, run
 
+from siglip_fast.cli import main
 from siglip_fast.errors import UserError
 from siglip_fast.feed import decoders
 from siglip_fast.feed.decoders import DECODERS, missing
@@ -377,6 +378,11 @@ class TestCommand:
         assert np.abs(rows[0] - rows[1]).max() <= 0.02 * np.abs(rows[0]).max()
         assert parquet.read_schema(f"{decoder}.parquet").metadata[b"decoder"] == decoder.encode()
         assert "decoder" not in capsys.readouterr().err
+
+    def test_every_decoder_can_be_named(self):
+        for name in (*DECODERS, "auto"):
+            args = ["embed", "a", "--out", "b.npy", "--model", "c", "--decoder", name]
+            assert main._parser().parse_args(args).decoder == name
 
     def test_auto_and_draft(self, here, capsys):
         import pyarrow.parquet as parquet
