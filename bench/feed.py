@@ -375,10 +375,14 @@ def main() -> None:
     parser.add_argument("--note", default="", help="a sentence for the report: what else the machine was doing")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    sources = {(size, format): encoded(mosaic(*SIZES[size]), format) for size in arguments.sizes for format in FORMATS}
-    for size in arguments.sizes[1:]:
-        smooth = Image.fromarray(getattr(data, PHOTOS[0])()).resize(SIZES[size], Image.Resampling.BICUBIC)
-        sources[size + SMOOTH, "JPEG"] = encoded(smooth, "JPEG")
+    sources = {}
+    for size in (
+        arguments.sizes
+    ):  # the smallest first: a process that has had large images pays less for the memory of small ones
+        sources |= {(size, format): encoded(mosaic(*SIZES[size]), format) for format in FORMATS}
+        if size != arguments.sizes[0]:
+            smooth = Image.fromarray(getattr(data, PHOTOS[0])()).resize(SIZES[size], Image.Resampling.BICUBIC)
+            sources[size + SMOOTH, "JPEG"] = encoded(smooth, "JPEG")
     rows, absent = {}, {}
     for kind, variant in VARIANTS.items():
         chosen = sources if kind == "224²" else {key: s for key, s in sources.items() if key[1] == "JPEG"}
