@@ -8,7 +8,6 @@ The last two agree with Pillow to one level of 255 (docs/feed.md has where, and 
 """
 
 import functools
-import importlib.util
 import io
 import statistics
 import time
@@ -157,10 +156,13 @@ def _shared(image: Image.Image) -> Tensor:
 
 def missing(decoder: str) -> str | None:
     """Why the decoder cannot be used here, or None."""
-    if decoder == "simplejpeg" and importlib.util.find_spec("simplejpeg") is None:
-        return "simplejpeg is not installed: pip install -e '.[fast]' in the checkout"
     if decoder == "pillow":
         return None
+    try:
+        if decoder == "simplejpeg":
+            import simplejpeg  # noqa: F401
+    except ImportError as error:
+        return f"{first_line(error)}: pip install -e '.[fast]' in the checkout"
     try:
         Image.core.set_use_block_allocator(1)
         _shared(Image.new("RGB", (5, 3)))

@@ -4,6 +4,7 @@ import functools
 import io
 import pickle
 import random
+import sys
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from siglip_fast.feed.recipe import recipe_of
 
 __all__ = ["here"]  # a fixture
 
+pytestmark = pytest.mark.filterwarnings("ignore:Palette images with Transparency")
 EACH_DECODER = pytest.mark.parametrize(
     "decoder",
     [pytest.param(name, marks=pytest.mark.skipif(bool(missing(name)), reason="missing")) for name in DECODERS],
@@ -131,6 +133,15 @@ def test_orientation_and_every_filter(resample):
             source = encoded(Image.fromarray(picture(orientation, *size)), "PNG", orientation)
             expected = np.array(upright(source).resize((32, 24), resample)).transpose(2, 0, 1)
             assert np.array_equal(prepare(source)["pixel_values"].numpy(), expected), (orientation, size)
+
+
+@EACH_DECODER
+def test_nothing_is_copied_or_converted(decoder, monkeypatch):
+    """Of an upright RGB image, whose pixels Pillow has once and the model's size of them once more."""
+    prepare, source = Prepare(processor(), decoder), encoded(photo(700, 600), "JPEG", 1)
+    for name in ("copy", "convert", "transpose", "__array_interface__"):
+        monkeypatch.setattr(Image.Image, name, property(lambda image, name=name: pytest.fail(name)))
+    assert prepare(source)["pixel_values"].shape == (3, 224, 224)
 
 
 class TestOtherProcessors:
@@ -300,7 +311,7 @@ class TestDecoders:
         assert (pixels.flatten(1).float().mean(1) - torch.tensor([200.0, 100, 50])).abs().max() < 2
 
     def test_what_is_missing(self, monkeypatch):
-        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+        monkeypatch.setitem(sys.modules, "simplejpeg", None)
         with pytest.raises(UserError, match=r"--decoder simplejpeg: .*pip install -e '.\[fast\]'"):
             Prepare(processor(), "simplejpeg")
         monkeypatch.setattr(decoders, "_shared", lambda image: (_ for _ in ()).throw(ValueError("two blocks\nor more")))
