@@ -67,8 +67,8 @@ HEAD = """# What a core prepares for the model
 | `auto` | the fastest of these on this machine, measured at the start and told | | |
 
 One level holds where the image is at least twice as large as what the model takes, on both sides. Nearer to it about one value
-in 100,000 differs by two; an image that has to grow is resized by Pillow. Where several machines have to agree to the bit, name a decoder instead of
-`auto`. Broken files are refused with Pillow's words by all of them. An image processor that does more than resize, rescale and
+in 100,000 differs by two; an image that has to grow is resized by Pillow. Where several machines have to agree to the bit, name
+a decoder instead of `auto`. Broken files are refused with Pillow's words by all of them. An image processor that does more than resize, rescale and
 normalise runs as it is, and only `pillow` goes with it.
 
 `--draft` decodes a JPEG at a half, a quarter or an eighth of its size, where that is at least twice what the model takes. It changes
@@ -299,11 +299,7 @@ def cost_of_draft() -> list[dict]:
 def markdown(result: dict) -> str:
     about, cores = result["about"], result["cores"]
     where = f"{about['device']}, {cores} cores, {', '.join(f'{k} {v}' for k, v in result['versions'].items())}; {result['rounds']} rounds"
-    lines = [
-        "# What a core prepares",
-        "",
-        "Made by `python bench/feed.py --markdown docs/feed.md`, whose first lines say how.",
-    ]
+    lines = [*HEAD]
     lines += [f"{where}. {result['note']}".strip(), ""]
     for kind, rows in result["rows"].items():
         lines += [f"## {kind}: images a second on one core", ""]
