@@ -107,6 +107,18 @@ def _add_embed(commands: argparse._SubParsersAction) -> None:
         help="threads that decode images ahead of the model (default: one a core, at most 8)",
     )
     parser.add_argument(
+        "--decoder",
+        choices=("pillow", "torch", "simplejpeg", "auto"),
+        default="pillow",
+        help="pillow: the pixels of Hugging Face's image processor; torch (which resizes) and simplejpeg (extra 'fast') are "
+        "faster and within about a level of 255; auto: the fastest here, which is measured (default: pillow)",
+    )
+    parser.add_argument(
+        "--draft",
+        action="store_true",
+        help="decode large JPEGs at a fraction of their size, at least twice what the model takes: faster, other pixels",
+    )
+    parser.add_argument(
         "--dtype",
         choices=DTYPES,
         help="of the model; embeddings are always float32 (default: bfloat16 on cuda, else float32)",

@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import json
+import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -33,7 +34,10 @@ class Encoder:
         config = self.model.config
         if args.pool == "head" and not getattr(config, "vision_use_head", True):
             raise UserError(f"{args.model} has no pooling head: use --pool mean")
-        self._prepare = Prepare(load_processor(args.model, kind_of(config)))
+        self._prepare = Prepare(load_processor(args.model, kind_of(config)), args.decoder, args.draft)
+        if measured := self._prepare.milliseconds:
+            each = ", ".join(f"{name} {milliseconds:.1f}" for name, milliseconds in measured.items())
+            print(f"siglip-fast: decoder {self._prepare.decoder}: of {each} ms a megapixel here", file=sys.stderr)
         self._pool, self._normalize = args.pool, args.normalize
         self.route = ""  # known from the first batch on
         versions = {module.__name__: module.__version__ for module in (siglip_fast, torch, transformers, PIL)}
@@ -44,6 +48,7 @@ class Encoder:
             "dtype": dtype,
             "pool": args.pool,
             "normalized": "yes" if args.normalize else "no",
+            "decoder": self._prepare.decoder + ", draft" * args.draft,
             "versions": json.dumps(versions),
         }
 
@@ -77,11 +82,13 @@ class Encoder:
 
     def __call__(self, inputs: Inputs) -> np.ndarray:
         with torch.inference_mode():
+            recipe = self._prepare.recipe
             inputs = {name: values.to(self.device) for name, values in inputs.items()}
+            inputs = recipe.ready(inputs) if recipe else inputs
             if not self.route:
                 self.route = self.metadata["backend"] = route(self.model, inputs)
             try:
-                output = self.model(**inputs)
+                output = recipe.run(self.model, inputs) if recipe else self.model(**inputs)
             except torch.OutOfMemoryError as error:
                 raise UserError(f"{first_line(error)} Try a smaller --batch-size.") from error
             states = output.pooler_output if self._pool == "head" else output.last_hidden_state

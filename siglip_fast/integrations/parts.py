@@ -132,6 +132,8 @@ def settings_of(args: Namespace, parts: list[dict]) -> dict[str, Any]:
         "dtype": args.dtype,
         "pool": args.pool,
         "normalize": args.normalize,
+        "decoder": args.decoder,
+        "draft": args.draft,
         "part_size": args.part_size or ROW_GROUP,
         "inputs": f"sha256 {digest.hexdigest()}",
     }

@@ -35,7 +35,8 @@ class Embedder:
         error: string, why there is none, null where there is one
 
     A batch is one forward of the model. `dtype` is a name, by default bfloat16 on a GPU, else float32; `device` is
-    "cuda" or "cpu", by default what the actor has; `backend` and `batch_invariant` are the model's; `pool` is "head" or "mean"; `workers` are threads that decode.
+    "cuda" or "cpu", by default what the actor has; `backend` and `batch_invariant` are the model's; `pool` is "head" or "mean";
+    `decoder` and `draft` are those of the command; `workers` are threads that decode.
 
     Raises:
         UserError: the model cannot be loaded, or a forward ran out of memory.
@@ -55,6 +56,8 @@ class Embedder:
         batch_invariant: bool | None = None,
         pool: str = "head",
         normalize: bool = False,
+        decoder: str = "pillow",
+        draft: bool = False,
         workers: int = 4,
     ):
         self._image_column, self._id_column, self._workers = image_column, id_column, workers
@@ -68,6 +71,8 @@ class Embedder:
                 batch_invariant=batch_invariant,
                 pool=pool,
                 normalize=normalize,
+                decoder=decoder,
+                draft=draft,
             )
         )
 

@@ -303,6 +303,7 @@ class TestOutput:
             "dtype": "float32",
             "pool": "head",
             "normalized": "yes",
+            "decoder": "pillow",
             "backend": "backend cpu",
         }
         wanted = expected(checkpoint, [picture(0), picture(1)])
