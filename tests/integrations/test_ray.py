@@ -20,10 +20,10 @@ import pytest
 from checkpoints import save_tiny_naflex
 from PIL import Image
 from pyarrow import parquet
+from siglip_fast.integrations.parts import Folder
 from test_cli import TINY, check, checkpoint, expected, here, make_checkpoint, picture, read, run, save
 
 from siglip_fast.errors import UserError
-from siglip_fast.integrations.parts import Folder
 from siglip_fast.integrations.ray import ATTEMPTS, Embedder, PartWriter
 from siglip_fast.integrations.ray_run import _place
 
