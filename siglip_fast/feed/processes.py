@@ -17,6 +17,7 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from multiprocessing.connection import wait
 from typing import Any, NamedTuple
 
 import torch
@@ -140,7 +141,12 @@ class _DeadError(Exception):
 def _next(results: Iterator, started: list, told: torch.Tensor) -> Chunk | str | None:
     try:
         return next(results, None)
-    except RuntimeError as error:  # of DataLoader, when a process died
+    except (
+        RuntimeError,
+        OSError,
+        EOFError,
+    ) as error:  # DataLoader's own, or of the tensor that a dead process still held
+        wait([process.sentinel for process in started], timeout=1)
         dead = {process.pid: process.exitcode for process in started if process.exitcode}
         if not dead:
             raise
@@ -238,6 +244,8 @@ def _fitting(number: int, bytes_of_image: int) -> tuple[int, int]:
 def _begin(worker: int) -> None:
     """In each process, at first."""
     get_worker_info().dataset.told[worker, PID] = os.getpid()
+    # It would tell of this process that was interrupted while it took a tensor.
+    sys.excepthook = lambda *_: None
     # The server does not end while they live, and torch's own watch is on the server.
     threading.Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
 
