@@ -141,11 +141,8 @@ class _DeadError(Exception):
 def _next(results: Iterator, started: list, told: torch.Tensor) -> Chunk | str | None:
     try:
         return next(results, None)
-    except (
-        RuntimeError,
-        OSError,
-        EOFError,
-    ) as error:  # DataLoader's own, or of the tensor that a dead process still held
+    # DataLoader's own, or of a tensor that a dead process has not handed over
+    except (RuntimeError, OSError, EOFError) as error:
         wait([process.sentinel for process in started], timeout=1)
         dead = {process.pid: process.exitcode for process in started if process.exitcode}
         if not dead:
