@@ -72,7 +72,7 @@ class Encoder:
                 else:
                     yield name, result
 
-        meter = meter or Meter(workers=1)
+        meter = meter or Meter()
         device = (OnCuda if self.device.type == "cuda" else OnCpu)(self.device, meter)
 
         def finished(names: list[Any], finish: Finish) -> tuple[list[Any], np.ndarray]:
