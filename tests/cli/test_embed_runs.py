@@ -268,12 +268,14 @@ def started(checkpoint: Path, *args: object):
         process.wait()
 
 
-def many_images(number: int = 600) -> list[str]:
-    """So that processes decode; of 0.2 megapixels."""
-    names = [save("in/000.png", np.tile(picture(0), (10, 8, 1)))]
-    names += [f"in/{i:03d}.png" for i in range(1, number)]
-    for name in names[1:]:
-        os.link(names[0], name)
+def many_images(number: int = 600, different: int = 60) -> list[str]:
+    """So many that processes decode them; of 0.2 megapixels."""
+    names = [f"in/{i:03d}.png" for i in range(number)]
+    for i, name in enumerate(names):
+        if i < different:
+            save(name, np.tile(picture(i), (10, 8, 1)))
+        else:
+            os.link(names[i % different], name)
     return names
 
 
