@@ -105,18 +105,21 @@ class Processes:
 
         self._told_before += self._told.sum(0)
         self._told = _idle(self.number)
-        loader = DataLoader(
-            _Images(self._prepare, self._told),
-            batch_sampler=chunks(),
-            collate_fn=_as_it_is,
-            num_workers=self.number,
-            prefetch_factor=CHUNKS_AHEAD,
-            multiprocessing_context="forkserver",
-            worker_init_fn=_begin,
-        )
         start_server()
         others = {process.pid for process in multiprocessing.active_children()}
-        results = iter(loader)
+        with warnings.catch_warnings():  # of more processes than cores, which were asked for
+            warnings.filterwarnings("ignore", message="This DataLoader will create")
+            results = iter(
+                DataLoader(
+                    _Images(self._prepare, self._told),
+                    batch_sampler=chunks(),
+                    collate_fn=_as_it_is,
+                    num_workers=self.number,
+                    prefetch_factor=CHUNKS_AHEAD,
+                    multiprocessing_context="forkserver",
+                    worker_init_fn=_begin,
+                )
+            )
         started = [process for process in multiprocessing.active_children() if process.pid not in others]
         try:
             while (chunk := _next(results, started, self._told)) is not None:
