@@ -152,7 +152,8 @@ def _next(results: Iterator, started: list, told: torch.Tensor) -> Chunk | str |
             raise
         at = {int(row[AT]) for row in told if int(row[PID]) in dead}
         code = next(iter(dead.values()))
-        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
+        by = next((number.name for number in signal.Signals if number == -code), f"signal {-code}")
+        how = f"was killed by {by}" if code < 0 else f"ended with status {code}"
         hint = " (out of memory?)" if code == -signal.SIGKILL else ""
         raise _DeadError(at - {-1}, f"the process that decodes it {how}{hint}") from error
 

@@ -615,16 +615,13 @@ class TestProcess:
                 assert process.poll() is None and time.monotonic() < deadline
                 time.sleep(0.05)
             assert any(name.endswith(".part") for name in os.listdir())
-            shared = set(re.findall(r"/dev/shm/\S+", Path(f"/proc/{process.pid}/maps").read_text()))
-            assert shared  # the locks of queues
+            shared = shared_files(process.pid)
             if stop == signal.SIGINT:
                 os.killpg(process.pid, stop)  # as a terminal does: to the processes that decode as well
             else:
                 process.send_signal(stop)
             assert process.wait(30) == status
-            while _group_lives(process.pid) or any(map(os.path.exists, shared)):
-                assert time.monotonic() < deadline
-                time.sleep(0.05)
+            wait_until_gone(process.pid, shared)
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
@@ -635,12 +632,22 @@ class TestProcess:
         assert sorted(os.listdir()) == ["in", "stderr"]
 
 
-def _group_lives(group: int) -> bool:
-    try:
-        os.killpg(group, 0)
-    except ProcessLookupError:
-        return False
-    return True
+def shared_files(process: int) -> list[str]:
+    """In /dev/shm, the locks of its queues at least."""
+    files = re.findall(r"/dev/shm/sem\S+", Path(f"/proc/{process}/maps").read_text())
+    assert files
+    return files
+
+
+def wait_until_gone(group: int, shared: list[str]) -> None:
+    """No process of the group is left, and none of these files."""
+    deadline = time.monotonic() + 30
+    with contextlib.suppress(ProcessLookupError):
+        while True:
+            os.killpg(group, 0)
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    assert not any(map(os.path.exists, shared))
 
 
 class TestDemo:

@@ -16,7 +16,20 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from pyarrow import parquet
-from test_cli import CODE, ENVIRONMENT, check, checkpoint, expected, here, picture, read, run, save
+from test_cli import (
+    CODE,
+    ENVIRONMENT,
+    check,
+    checkpoint,
+    expected,
+    here,
+    picture,
+    read,
+    run,
+    save,
+    shared_files,
+    wait_until_gone,
+)
 
 from siglip_fast.cli import feeding
 from siglip_fast.feed import encoder
@@ -290,11 +303,13 @@ class TestFaults:
     def test_it_is_stopped_and_run_again(self, here, checkpoint, number, status):
         names = many_images()
         with started(checkpoint, *self.ARGS) as process:
+            shared = shared_files(process.pid)
             if number == signal.SIGINT:
                 os.killpg(process.pid, number)
             else:
                 process.send_signal(number)
             assert process.wait(60) == status
+            wait_until_gone(process.pid, shared)
         text, done = Path("log").read_text(), len(identities("out"))
         assert 2 <= done < 10
         left = [file for file in files("out") if not file.endswith(".part")]
