@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import importlib
-import os
 import signal
 import sys
 import threading
@@ -71,25 +70,35 @@ def _parser() -> argparse.ArgumentParser:
 def _add_embed(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "embed",
-        help="embed images into a Parquet or .npy file, or on Ray into a folder of Parquet files",
+        help="embed images into a Parquet or .npy file, or into a folder of Parquet files",
         description="Embeds images in the order given, each path once. Unreadable: named and skipped.",
         epilog="Exit status: 0 every image is embedded; 1 done, but some images were skipped; "
-        "2 could not start, or nothing was embedded; 130 interrupted, 143 terminated. Output appears whole or not at all; "
-        "with --ray, part by part, and the same command once more does what is left.",
+        "2 could not start, or nothing was embedded; 130 interrupted, 143 terminated. A file appears whole or not at all; "
+        "a folder gets whole parts, and the same command once more does what is left.",
     )
     parser.add_argument(
         "paths",
-        nargs="+",
+        nargs="*",
         metavar="PATH",
-        help="an image, a folder (searched recursively for image files) or a glob such as 'photos/**/*.jpg'; "
-        "with --ray also .parquet files with a column of encoded images",
+        help="an image, a folder (searched recursively for image files), a glob such as 'photos/**/*.jpg', .parquet files "
+        "with a column of encoded images, or .tar shards as WebDataset has them; of one kind in a run",
+    )
+    parser.add_argument(
+        "--from-file",
+        metavar="LIST",
+        help="instead of PATH, a file with the names of files, one a line, or each ended by NUL (find -print0); - is stdin",
     )
     parser.add_argument(
         "--out",
-        required=True,
-        metavar="FILE",
-        help="NAME.parquet (columns path, embedding), or NAME.npy (float32 [images, hidden_size]) with the "
-        "paths, one a line, in NAME.paths.txt; with --ray a folder",
+        metavar="FILE_OR_FOLDER",
+        help="NAME.parquet (columns path, embedding); NAME.npy (float32 [images, hidden_size]) with the paths, one a line, in "
+        "NAME.paths.txt; or a folder, a name without a dot or with / at its end, which gets part-*.parquet files and in "
+        "_errors the images without embedding (path, error). With other inputs or settings than before a folder is refused",
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="measure the decoding of the images alone: no weights, no --out; tells images/s and the cores for 1,000/s",
     )
     _add_model(parser.add_mutually_exclusive_group(required=True), random_weights=None)
     parser.add_argument(
@@ -103,8 +112,8 @@ def _add_embed(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--workers",
         **NUMBER,
-        default=min(8, os.cpu_count() or 1),
-        help="threads that decode images ahead of the model (default: one a core, at most 8)",
+        help="processes that decode images ahead of the model, threads where images are few (default: one a core that may be "
+        "used; threads of a Ray worker: at most 8)",
     )
     parser.add_argument(
         "--decoder",
@@ -123,19 +132,39 @@ def _add_embed(commands: argparse._SubParsersAction) -> None:
         choices=DTYPES,
         help="of the model; embeddings are always float32 (default: bfloat16 on cuda, else float32)",
     )
-    parser.add_argument("--force", action="store_true", help="overwrite existing output; with --ray, begin anew")
+    parser.add_argument("--force", action="store_true", help="overwrite an existing file; of a folder, begin anew")
+    _add_parts(parser)
     _add_where(parser)
     _add_ray(parser)
+
+
+def _add_parts(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--part-size",
+        **NUMBER,
+        help="of a folder: images a part, which is what is done again after a failure; of Parquet files whole row groups "
+        "of no more rows, or one; a tar shard is a part (default: 4096)",
+    )
+    parser.add_argument(
+        "--image-column",
+        metavar="NAME",
+        help="of Parquet files: encoded images as binary, or Hugging Face's struct of bytes and path (default: image); of "
+        "tar shards: the images' extension, all that follows the first dot (default: every image's that has no second dot)",
+    )
+    parser.add_argument(
+        "--id-column",
+        metavar="NAME",
+        help="of Parquet files: what the output has as path; a null is replaced by FILE:ROW (default: path, else the "
+        "path in Hugging Face's struct)",
+    )
 
 
 def _add_ray(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group(
         "Ray",
-        "For collections that take many GPUs or machines. --out names a folder, which gets part-*.parquet files "
-        "(columns path, embedding) and in _errors the images without embedding (path, error). A run that "
-        "was stopped is finished by the same command; with other inputs or settings the folder is refused. On a "
-        "cluster, every machine must see inputs, model and output under the same names (a shared file "
-        "system). Needs the extra: pip install -e '.[ray]' in the checkout.",
+        "For collections that take many GPUs or machines. --out names a folder. On a cluster, every machine must see "
+        "inputs, model and output under the same names (a shared file system). Needs the extra: pip install -e '.[ray]' in "
+        "the checkout.",
     )
     group.add_argument("--ray", action="store_true", help="embed on Ray")
     group.add_argument(
@@ -143,23 +172,6 @@ def _add_ray(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--ray-actors", **NUMBER, help="processes with a model each (default: one a GPU; without GPUs one a machine)"
-    )
-    group.add_argument(
-        "--part-size",
-        **NUMBER,
-        help="images a part, which is what is done again after a failure; of Parquet files, whole row groups of no "
-        "more rows, or one (default: 4096)",
-    )
-    group.add_argument(
-        "--image-column",
-        metavar="NAME",
-        help="of Parquet files: encoded images as binary, or Hugging Face's struct of bytes and path (default: image)",
-    )
-    group.add_argument(
-        "--id-column",
-        metavar="NAME",
-        help="of Parquet files: what the output has as path; a null is replaced by FILE:ROW (default: path, else the "
-        "path in Hugging Face's struct)",
     )
 
 

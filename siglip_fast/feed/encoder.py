@@ -1,6 +1,5 @@
 """From images to embeddings: the model with its image processor, and batches through it."""
 
-import contextlib
 import itertools
 import json
 import sys
@@ -16,12 +15,22 @@ import transformers
 import siglip_fast
 
 from ..errors import UserError, first_line
-from .images import decode_ahead
-from .kinds import Inputs, batch_of, kind_of
+from ..models.variants import VisionConfig
+from .kinds import Inputs, kind_of
 from .loading import load_model, load_processor, pick_device, route
+from .meter import Meter
 from .prepare import Prepare
+from .transfer import Finish, OnCpu, OnCuda
+from .workers import Prepared
 
-Named = tuple[Any, str | bytes]  # an image's name, and its file or encoded bytes
+
+def prepare_of(args: Namespace, config: VisionConfig) -> Prepare:
+    """What makes the model's inputs of an image. Raises UserError as `load_processor` and `Prepare` do."""
+    prepare = Prepare(load_processor(args.model, kind_of(config)), args.decoder, args.draft)
+    if measured := prepare.milliseconds:
+        each = ", ".join(f"{name} {milliseconds:.1f}" for name, milliseconds in measured.items())
+        print(f"siglip-fast: decoder {prepare.decoder}: of {each} ms a megapixel here", file=sys.stderr)
+    return prepare
 
 
 class Encoder:
@@ -34,10 +43,7 @@ class Encoder:
         config = self.model.config
         if args.pool == "head" and not getattr(config, "vision_use_head", True):
             raise UserError(f"{args.model} has no pooling head: use --pool mean")
-        self._prepare = Prepare(load_processor(args.model, kind_of(config)), args.decoder, args.draft)
-        if measured := self._prepare.milliseconds:
-            each = ", ".join(f"{name} {milliseconds:.1f}" for name, milliseconds in measured.items())
-            print(f"siglip-fast: decoder {self._prepare.decoder}: of {each} ms a megapixel here", file=sys.stderr)
+        self.prepare = prepare_of(args, config)
         self._pool, self._normalize = args.pool, args.normalize
         self.route = ""  # known from the first batch on
         versions = {module.__name__: module.__version__ for module in (siglip_fast, torch, transformers, PIL)}
@@ -48,41 +54,54 @@ class Encoder:
             "dtype": dtype,
             "pool": args.pool,
             "normalized": "yes" if args.normalize else "no",
-            "decoder": self._prepare.decoder + ", draft" * args.draft,
+            "decoder": self.prepare.decoder + ", draft" * args.draft,
             "versions": json.dumps(versions),
         }
 
     def embeddings(
-        self, images: Iterable[Named], batch_size: int, workers: int, skip: Callable[[Any, str], None]
+        self,
+        prepared: Iterable[Prepared],
+        batch_size: int,
+        skip: Callable[[Any, str], None],
+        meter: Meter | None = None,
     ) -> Iterator[tuple[list[Any], np.ndarray]]:
         """A batch at a time, the names of images and their embeddings, float32 [batch, hidden_size], in order.
 
-        Those that have no embedding are told to `skip(name, reason)`.
+        `prepared` are names and what `self.prepare` made of the images, or why it made nothing. Those that have no embedding
+        are told to `skip(name, reason)`. A batch is given out when the next one has been begun. `meter` is told the work.
         """
 
-        def usable(decoded: Iterable[tuple[Any, Any]]) -> Iterator[tuple[Any, Inputs]]:
-            for (name, _), result in decoded:
-                if isinstance(result, Exception):
-                    skip(name, first_line(result))
+        def usable() -> Iterator[tuple[Any, Inputs]]:
+            for name, result in prepared:
+                if isinstance(result, str):
+                    skip(name, result)
                 else:
                     yield name, result
 
-        def decode(image: Named) -> Inputs:
-            return self._prepare(image[1])
+        meter = meter or Meter()
+        device = (OnCuda if self.device.type == "cuda" else OnCpu)(self.device, meter)
 
-        with contextlib.closing(decode_ahead(images, decode, workers, ahead=batch_size)) as decoded:
-            good = usable(decoded)
-            while batch := list(itertools.islice(good, batch_size)):
-                names, inputs = zip(*batch, strict=True)
-                rows = self(batch_of(inputs))
-                finite = np.isfinite(rows).all(axis=1)
-                for i in np.flatnonzero(~finite):
-                    skip(names[i], "its embedding is not finite; try --dtype float32")
-                yield [names[i] for i in np.flatnonzero(finite)], rows[finite]
+        def finished(names: list[Any], finish: Finish) -> tuple[list[Any], np.ndarray]:
+            rows = finish().numpy()
+            meter.embedded += len(names)
+            finite = np.isfinite(rows).all(axis=1)
+            for i in np.flatnonzero(~finite):
+                skip(names[i], "its embedding is not finite; try --dtype float32")
+            return [names[i] for i in np.flatnonzero(finite)], rows[finite]
 
-    def __call__(self, inputs: Inputs) -> np.ndarray:
+        begun, good = None, usable()
+        while batch := list(itertools.islice(good, batch_size)):
+            names, images = zip(*batch, strict=True)
+            last, begun = begun, (names, device.start(images, self))
+            if last:
+                yield finished(*last)
+        if begun:
+            yield finished(*begun)
+
+    def __call__(self, inputs: Inputs) -> torch.Tensor:
+        """Of a batch, float32 [batch, hidden_size] on the device."""
         with torch.inference_mode():
-            recipe = self._prepare.recipe
+            recipe = self.prepare.recipe
             inputs = {name: values.to(self.device) for name, values in inputs.items()}
             inputs = recipe.ready(inputs) if recipe else inputs
             if not self.route:
@@ -96,7 +115,7 @@ class Encoder:
             mask = inputs.get("pixel_attention_mask")
             masks = itertools.repeat(None) if mask is None else mask.split(at_once)
             parts = zip(states.split(at_once), masks, strict=False)
-            return torch.cat([self._embedding(*part) for part in parts]).cpu().numpy()
+            return torch.cat([self._embedding(*part) for part in parts])
 
     def _embedding(self, states: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         """Of pooled images `[B, D]`, or of their tokens `[B, N, D]`, of which those count where `mask [B, N]` is not zero."""

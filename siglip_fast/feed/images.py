@@ -1,12 +1,8 @@
-"""Images from files or encoded bytes, upright and in RGB, decoded ahead of the model by threads."""
+"""Images from files or encoded bytes, upright and in RGB."""
 
 import contextlib
 import io
 import os
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -55,24 +51,3 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode in ("I", "F"):
         raise ValueError(f"Pillow mode {image.mode}: pixels without a defined white")
     return image.convert("RGB")
-
-
-def decode_ahead(
-    items: Iterable[Any], decode: Callable[[Any], Any], workers: int, ahead: int
-) -> Iterator[tuple[Any, Any]]:
-    """(item, `decode(item)` or the exception it raised), in order; at most `ahead` are held in advance."""
-    pool = ThreadPoolExecutor(workers)
-    queue: deque[tuple[Any, Future]] = deque()
-
-    def settled(item: Any, future: Future) -> tuple[Any, Any]:
-        return item, future.exception() or future.result()
-
-    try:
-        for item in items:
-            queue.append((item, pool.submit(decode, item)))
-            if len(queue) > ahead:
-                yield settled(*queue.popleft())
-        while queue:
-            yield settled(*queue.popleft())
-    finally:
-        pool.shutdown(cancel_futures=True)

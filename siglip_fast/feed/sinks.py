@@ -54,6 +54,11 @@ class ParquetSink(Sink):
         self._file, self._stack = file, stack
         self._writer = None
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing was written, so that there are no columns yet."""
+        return self._writer is None
+
     def write(self, paths: list[str], rows: "np.ndarray", metadata: dict[str, str]) -> None:
         import pyarrow as pa
         from pyarrow import parquet

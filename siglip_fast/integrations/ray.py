@@ -2,20 +2,20 @@
 
 import contextlib
 import json
-import os
 from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import transformers
-from pyarrow import parquet
 
 from ..errors import UserError
+from ..feed.cores import usable_cores
 from ..feed.encoder import Encoder
-from ..feed.sinks import ParquetSink
-from ..files import atomic
-from .parts import ERRORS, Folder, encoded, read_rows
+from ..feed.folder import Folder, open_part
+from ..feed.parts import file_of, read_part
+from ..feed.tables import encoded
+from ..feed.workers import Threads
 
 ATTEMPTS = 4  # at a part: what kills every worker must not be tried for ever, as Ray would
 
@@ -83,7 +83,8 @@ class Embedder:
         images = [encoded(value) for value in batch[self._image_column]]
         rows: list[np.ndarray | None] = [None] * len(images)
         errors: list[str | None] = [None] * len(images)
-        embedded = self._encoder.embeddings(enumerate(images), len(images), self._workers, errors.__setitem__)
+        threads = Threads(self._encoder.prepare, self._workers, ahead=len(images))
+        embedded = self._encoder.embeddings(threads.prepared(enumerate(images)), len(images), errors.__setitem__)
         for positions, batch_rows in embedded:
             for position, row in zip(positions, batch_rows, strict=True):
                 rows[position] = row
@@ -111,41 +112,28 @@ class PartWriter:
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list]:
         part = json.loads(batch["part"][0])
-        failure = self._failure
+        failure, rows = self._failure, part["rows"]
         try:
             # a worker that died after the last step may have finished it
             if not failure and not (self._out / Folder.name(part)).exists():
-                self._write(part)
+                rows = self._write(part)
         except (UserError, OSError) as error:
             failure = str(error)
         route = self._encoder.route if self._encoder else ""
-        return {"rows": [part["rows"]], "route": [route], "failure": [failure]}
+        return {"rows": [rows or 0], "route": [route], "failure": [failure]}
 
-    def _write(self, part: dict) -> None:
-        """Both files of a part; the errors first, so that they are there if the part is."""
-        encoder, name = self._encoder, Folder.name(part)
+    def _write(self, part: dict) -> int:
+        """Writes the files of a part; how many images it has."""
+        name, args = Folder.name(part), self._args
         if len(list(self._out.glob(f".{name}.*.part"))) >= ATTEMPTS:  # a worker that dies leaves its file
-            what = part["file"] if "file" in part else f"{part['images'][0]} to {part['images'][-1]}"
+            what = file_of(part) or f"{part['images'][0]} to {part['images'][-1]}"
             raise UserError(f"{ATTEMPTS} workers died of part {part['index']} ({what}); Ray's logs may tell why")
-        if "file" in part:
-            images = read_rows(part, self._root)
-        else:
-            images = ((path, os.path.join(self._root, path)) for path in part["images"])
-        errors: list[tuple[str, str]] = []
-        with contextlib.ExitStack() as stack:
-            sink = ParquetSink(stack.enter_context(atomic(self._out / name)), stack)
-            batches = encoder.embeddings(
-                images, self._args.batch_size, self._args.workers, lambda *error: errors.append(error)
-            )
-            for paths, rows in stack.enter_context(contextlib.closing(batches)):
-                sink.write(paths, rows, encoder.metadata)
-            if len(errors) == part["rows"]:  # a file without rows, but with columns
-                sink.write([], np.empty((0, encoder.model.config.hidden_size), np.float32), encoder.metadata)
-            sink.finish()
-            with atomic(self._out / ERRORS / name) as file:
-                columns = {
-                    "path": [path.encode(errors="backslashreplace").decode() for path, _ in errors],
-                    "error": [error for _, error in errors],
-                }
-                schema = pa.schema({"path": pa.string(), "error": pa.string()})
-                parquet.write_table(pa.table(columns, schema), file)
+        threads = Threads(self._encoder.prepare, args.workers or min(8, usable_cores()), ahead=args.batch_size)
+        with open_part(self._out, part, self._encoder) as sink, contextlib.ExitStack() as stack:
+            prepared = stack.enter_context(contextlib.closing(threads.prepared(read_part(part, self._root))))
+            batches = self._encoder.embeddings(prepared, args.batch_size, lambda *error: sink.errors.append(error))
+            rows = 0
+            for paths, embeddings in stack.enter_context(contextlib.closing(batches)):
+                sink.write(paths, embeddings, self._encoder.metadata)
+                rows += len(paths)
+            return rows + len(sink.errors)

@@ -22,7 +22,8 @@ from typing import Any
 from tqdm import tqdm
 
 from ..errors import UserError, first_line
-from .parts import ERRORS, Folder, find_parts, settings_of
+from ..feed.folder import Folder, settings_of
+from ..feed.parts import find_parts, total_of
 
 
 def run(args: Namespace) -> int:
@@ -36,7 +37,7 @@ def run(args: Namespace) -> int:
     if not (args.force or folder.todo()):
         folder.refuse_if_of(settings)
         folder.remove_temporaries()
-        return _told(folder, f"{notes}; nothing was left to do")
+        return folder.told(f"{notes}; nothing was left to do")
     from ..feed.loading import warn_of_random_weights
 
     try:
@@ -52,25 +53,14 @@ def run(args: Namespace) -> int:
         todo = folder.todo()
         start = time.perf_counter()
         try:
-            routes = _process(ray, args, todo, folder, resources)
+            now, routes = _process(ray, args, todo, folder, resources)
         finally:
             folder.remove_temporaries()
         seconds = time.perf_counter() - start
-    now = sum(part["rows"] for part in todo)
-    status = _told(folder, f"{notes}; {now} of them in this run, {now / seconds:.1f} images/s")
+    status = folder.told(f"{notes}; {now} of them in this run, {now / seconds:.1f} images/s")
     for route in sorted(routes):
         print(f"ran on: {route} ({args.dtype} on {args.device}, {resources['actors']} workers)")
     return status
-
-
-def _told(folder: Folder, notes: str) -> int:
-    """Prints what the folder holds, and returns the exit status."""
-    embedded, skipped = folder.count()
-    if not embedded:
-        raise UserError(f"none of the {skipped} images could be used; {folder.path / ERRORS} tells why")
-    print(f"{embedded} images embedded" + f", {skipped} skipped" * bool(skipped) + notes)
-    print(f"written: {folder.path}" + f"; skipped ones: {folder.path / ERRORS}" * bool(skipped))
-    return 1 if skipped else 0
 
 
 def _for_workers(args: Namespace) -> Namespace:
@@ -145,8 +135,8 @@ def _place(args: Namespace) -> dict[str, Any]:
     return {"actors": actors, "num_cpus": int(share) if share >= 1 else share}
 
 
-def _process(ray: Any, args: Namespace, todo: list[dict], folder: Folder, resources: dict) -> set[str]:
-    """Has the parts written, and shows how far it is. Returns what code ran the model."""
+def _process(ray: Any, args: Namespace, todo: list[dict], folder: Folder, resources: dict) -> tuple[int, set[str]]:
+    """Has the parts written, and shows how far it is. Returns how many images that were, and what code ran the model."""
     from ray.data import ActorPoolStrategy, DataContext
 
     from .ray import PartWriter  # with torch, which takes seconds, like Ray
@@ -158,10 +148,9 @@ def _process(ray: Any, args: Namespace, todo: list[dict], folder: Folder, resour
     context = DataContext.get_current().copy()
     context.enable_progress_bars = context.print_on_execution_start = False
     reserved = {key: value for key, value in resources.items() if key != "actors"}
-    total = sum(part["rows"] for part in folder.parts)
-    routes = set()
-    with DataContext.current(context), tqdm(total=total, unit="image", smoothing=0.1) as bar:
-        bar.update(total - sum(part["rows"] for part in todo))
+    now, routes = 0, set()
+    with DataContext.current(context), tqdm(total=total_of(folder.parts), unit="image", smoothing=0.1) as bar:
+        bar.update(folder.rows_done(todo))
         texts = [{"part": json.dumps(part)} for part in todo]
         results = ray.data.from_items(texts, override_num_blocks=len(texts)).map_batches(
             PartWriter,
@@ -175,7 +164,8 @@ def _process(ray: Any, args: Namespace, todo: list[dict], folder: Folder, resour
                 if result["failure"]:
                     raise UserError(result["failure"])
                 bar.update(result["rows"])
+                now += result["rows"]
                 routes |= {result["route"]} - {""}
         except ray.exceptions.RayActorError as error:  # workers that die before they could work
             raise UserError(f"Ray: {first_line(error)}") from error
-    return routes
+    return now, routes

@@ -1,11 +1,12 @@
 """`siglip-fast embed` and `demo`: what they write, what they refuse, and what a failure leaves behind."""
 
+import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from transformers import SiglipVisionConfig
 
 from siglip_fast.cli import demo
 from siglip_fast.cli.main import main
-from siglip_fast.feed import encoder, images, paths, sinks
+from siglip_fast.feed import encoder, paths, sinks
 from siglip_fast.models.variants import VARIANTS, UnknownVariantError, config_for
 
 TINY = {
@@ -224,7 +225,7 @@ class TestImages:
         call = encoder.Encoder.__call__
 
         def spoiled(self, inputs):
-            rows = call(self, inputs)
+            rows = call(self, inputs).clone()  # which is no inference tensor
             rows[1, 5] = np.inf
             return rows
 
@@ -361,7 +362,7 @@ class TestOutput:
         ("out", "message"),
         [
             ("out.csv", "expected a name that ends in .parquet or .npy"),
-            ("out", "expected a name that ends in .parquet or .npy"),
+            ("a.png/", "a.png is a file; --out names a folder"),
             ("nowhere/out.parquet", "its folder does not exist"),
             ("folder.npy", "folder.npy is a folder"),
         ],
@@ -558,8 +559,10 @@ class TestModels:
 
     def test_options_for_ray_are_not_ignored_without_it(self, here, checkpoint, capsys):
         save("a.png", picture(0))
+        assert run(checkpoint, "a.png", "--out", "out.npy", "--ray-actors", 3) == 2
+        assert "--ray-actors is for --ray" in capsys.readouterr().err
         assert run(checkpoint, "a.png", "--out", "out.npy", "--part-size", 3) == 2
-        assert "--part-size is for --ray" in capsys.readouterr().err
+        assert "--part-size is for a folder" in capsys.readouterr().err
         assert os.listdir() == ["a.png"]
 
     def test_arguments_that_make_no_sense(self, checkpoint, capsys):
@@ -570,58 +573,14 @@ class TestModels:
             assert args[0] in capsys.readouterr().err
 
 
-class TestDecodeAhead:
-    def test_order_errors_and_bound(self):
-        lock, started, taken, most = threading.Lock(), 0, 0, 0
-
-        def decode(path):
-            nonlocal started, most
-            with lock:
-                started += 1
-                most = max(most, started - taken)
-            time.sleep(0.002 * (int(path) % 3))
-            if path == "7":
-                raise ValueError("seven")
-            return path * 2
-
-        results = []
-        for path, result in images.decode_ahead(map(str, range(30)), decode, workers=3, ahead=5):
-            with lock:
-                taken += 1
-            results.append((path, str(result)))
-        assert results == [(str(i), "seven" if i == 7 else str(i) * 2) for i in range(30)]
-        assert 2 <= most <= 6
-
-    def test_it_decodes_while_the_consumer_works(self):
-        both = threading.Barrier(2, timeout=20)
-
-        def decode(path):
-            if path == "1":
-                both.wait()
-
-        decoded = images.decode_ahead(["0", "1", "2", "3"], decode, workers=1, ahead=2)
-        next(decoded)
-        both.wait()  # reached only if "1" is being decoded now, though nobody asked for it
-        assert len(list(decoded)) == 3
-
-    def test_closing_it_cancels_the_rest(self):
-        seen = []
-        decoded = images.decode_ahead(
-            map(str, range(100)), lambda path: (time.sleep(0.01), seen.append(path)), workers=1, ahead=20
-        )
-        next(decoded)
-        decoded.close()
-        assert len(seen) <= 4
-        assert not any(thread.name.startswith("ThreadPoolExecutor") for thread in threading.enumerate())
+CODE = (
+    "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    "from siglip_fast.cli.main import main; sys.exit(main(sys.argv[1:]))"
+)
+ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "HF_HUB_OFFLINE": "1"}
 
 
 class TestProcess:
-    CODE = (
-        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
-        "from siglip_fast.cli.main import main; sys.exit(main(sys.argv[1:]))"
-    )
-    ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "HF_HUB_OFFLINE": "1"}
-
     def test_help_and_early_errors_load_nothing_heavy(self, here):
         code = (
             "import sys\nfrom siglip_fast.cli.main import main\n"
@@ -629,9 +588,7 @@ class TestProcess:
             "assert not {'torch', 'transformers', 'triton', 'pyarrow', 'numpy'} & set(sys.modules)\n"
             "main(['--help'])"
         )
-        done = subprocess.run(
-            [sys.executable, "-c", code], env=self.ENVIRONMENT, capture_output=True, text=True, timeout=60
-        )
+        done = subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, capture_output=True, text=True, timeout=60)
         assert (done.returncode, done.stderr) == (0, "siglip-fast: error: nowhere.png: no such file or folder\n")
         assert "embed" in done.stdout and "demo" in done.stdout
 
@@ -649,25 +606,49 @@ class TestProcess:
         save("in/0.png", picture(0))
         for i in range(1, 20000):
             os.link("in/0.png", f"in/{i}.png")
-        args = ["embed", "in", "--model", str(checkpoint), "--out", out, "--batch-size", "1"]
-        command = [sys.executable, "-c", self.CODE, *args, "--device", "cpu"]
+        args = ["embed", "in", "--model", str(checkpoint), "--out", out, "--batch-size", "8", "--workers", "2"]
+        command = [sys.executable, "-c", CODE, *args, "--device", "cpu"]
         with open("stderr", "w") as stderr:
-            process = subprocess.Popen(command, env=self.ENVIRONMENT, stderr=stderr, cwd=here)
+            process = subprocess.Popen(command, env=ENVIRONMENT, stderr=stderr, cwd=here, start_new_session=True)
         try:
             deadline = time.monotonic() + 100
-            while "image/s]" not in Path("stderr").read_text():  # it is embedding
+            while " limits, at" not in Path("stderr").read_text():  # it is embedding
                 assert process.poll() is None and time.monotonic() < deadline
                 time.sleep(0.05)
             assert any(name.endswith(".part") for name in os.listdir())
-            process.send_signal(stop)
+            shared = shared_files(process.pid)
+            if stop == signal.SIGINT:
+                os.killpg(process.pid, stop)  # as a terminal does: to the processes that decode as well
+            else:
+                process.send_signal(stop)
             assert process.wait(30) == status
+            wait_until_gone(process.pid, shared)
         finally:
-            process.kill()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
             process.wait()
         text = Path("stderr").read_text()
         assert text.endswith(f"siglip-fast: {last_line}\n")
-        assert "Traceback" not in text and "Exception" not in text
+        assert "Traceback" not in text and "Exception" not in text and "Error" not in text
         assert sorted(os.listdir()) == ["in", "stderr"]
+
+
+def shared_files(process: int) -> list[str]:
+    """In /dev/shm, the locks of its queues at least."""
+    files = re.findall(r"/dev/shm/sem\S+", Path(f"/proc/{process}/maps").read_text())
+    assert files
+    return files
+
+
+def wait_until_gone(group: int, shared: list[str]) -> None:
+    """No process of the group is left, and none of these files."""
+    deadline = time.monotonic() + 30
+    with contextlib.suppress(ProcessLookupError):
+        while True:
+            os.killpg(group, 0)
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    assert not any(map(os.path.exists, shared))
 
 
 class TestDemo:

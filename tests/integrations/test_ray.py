@@ -21,9 +21,10 @@ from checkpoints import save_tiny_naflex
 from PIL import Image
 from pyarrow import parquet
 from test_cli import TINY, check, checkpoint, expected, here, make_checkpoint, picture, read, run, save
+from test_embed_runs import write_shard
 
 from siglip_fast.errors import UserError
-from siglip_fast.integrations.parts import Folder
+from siglip_fast.feed.folder import Folder
 from siglip_fast.integrations.ray import ATTEMPTS, Embedder, PartWriter
 from siglip_fast.integrations.ray_run import _place
 
@@ -157,6 +158,22 @@ class TestImages:
         other = make_checkpoint(written.parent / "other")
         assert run(other, "in", "--out", "out", *SMALL) == 2
         assert "is of a run with model " in capsys.readouterr().err
+
+
+class TestShards:
+    def test_a_shard_is_a_part(self, here, checkpoint, capsys):
+        write_shard("a.tar", {f"{i}.png": encode(picture(i)) for i in range(5)})
+        write_shard("b.tar", {"5.png": encode(picture(5)), "5.cls": b"5"})
+        Path("a.tar").write_bytes(Path("a.tar").read_bytes().rstrip(b"\0"))
+        assert run(checkpoint, "*.tar", "--out", "out", *SMALL) == 1
+        paths, rows = read("out")
+        assert paths == [f"a.tar/{i}.png" for i in range(5)] + ["b.tar/5.png"]
+        check(rows, expected(checkpoint, [picture(i) for i in range(6)]))
+        assert list(errors("out")) == ["a.tar"] and len(read(f"out/{PARTS[0]}")[0]) == 5
+        assert "6 images embedded, 1 skipped; 7 of them in this run" in capsys.readouterr().out
+        # without Ray there is nothing left either
+        assert run(checkpoint, "*.tar", "--out", "out", "--part-size", 5) == 1
+        assert "nothing was left to do" in capsys.readouterr().out
 
 
 class TestParquet:
