@@ -143,6 +143,8 @@ class Run:
 
     def tell(self) -> None:
         """What ran, and what limits it."""
-        print(f"ran on: {self.encoder.route} ({self.encoder.metadata['dtype']} on {self.encoder.device})")
+        print(
+            f"ran on: {self.encoder.route} ({self.encoder.metadata['dtype']} on {', '.join(map(str, self.encoder.devices))})"
+        )
         if limit := self.meter.limit(self.workers):
             print(f"{limit} ({self.workers.number} {type(self.workers).__name__.lower()} decode)")

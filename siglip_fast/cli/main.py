@@ -134,7 +134,7 @@ def _add_embed(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--force", action="store_true", help="overwrite an existing file; of a folder, begin anew")
     _add_parts(parser)
-    _add_where(parser)
+    _add_where(parser, several="; of CUDA several: cuda:0,cuda:1")
     _add_ray(parser)
 
 
@@ -247,8 +247,10 @@ def _add_model(group: argparse._MutuallyExclusiveGroup, random_weights: str | No
     )
 
 
-def _add_where(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, … (default: cuda if there is one)")
+def _add_where(parser: argparse.ArgumentParser, several: str = "") -> None:
+    parser.add_argument(
+        "--device", metavar="DEVICE", help=f"cpu, cuda, cuda:1, …{several} (default: cuda if there is one)"
+    )
     parser.add_argument(
         "--backend",
         choices=("auto", "triton", "cpu", "torch"),

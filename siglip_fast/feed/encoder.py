@@ -1,9 +1,12 @@
 """From images to embeddings: the model with its image processor, and batches through it."""
 
+import copy
+import functools
 import itertools
 import json
 import sys
 from argparse import Namespace
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -15,9 +18,10 @@ import transformers
 import siglip_fast
 
 from ..errors import UserError, first_line
+from ..models.base import Fused
 from ..models.variants import VisionConfig
 from .kinds import Inputs, kind_of
-from .loading import load_model, load_processor, pick_device, route
+from .loading import load_model, load_processor, pick_devices, route
 from .meter import Meter
 from .prepare import Prepare
 from .transfer import Finish, OnCpu, OnCuda
@@ -34,12 +38,14 @@ def prepare_of(args: Namespace, config: VisionConfig) -> Prepare:
 
 
 class Encoder:
-    """The model and image processor that the arguments ask for, from an image to its embedding."""
+    """The model and image processor that the arguments ask for, from an image to its embedding; on several devices batches
+    take turns."""
 
     def __init__(self, args: Namespace):
-        self.device = pick_device(args.device)
-        dtype = args.dtype or ("bfloat16" if self.device.type == "cuda" else "float32")
-        self.model = load_model(args, self.device, getattr(torch, dtype))
+        self.devices = pick_devices(args.device)
+        dtype = args.dtype or ("bfloat16" if self.devices[0].type == "cuda" else "float32")
+        self.model = load_model(args, self.devices[0], getattr(torch, dtype))
+        self._models = [self.model, *(copy.deepcopy(self.model).to(device) for device in self.devices[1:])]
         config = self.model.config
         if args.pool == "head" and not getattr(config, "vision_use_head", True):
             raise UserError(f"{args.model} has no pooling head: use --pool mean")
@@ -68,7 +74,7 @@ class Encoder:
         """A batch at a time, the names of images and their embeddings, float32 [batch, hidden_size], in order.
 
         `prepared` are names and what `self.prepare` made of the images, or why it made nothing. Those that have no embedding
-        are told to `skip(name, reason)`. A batch is given out when the next one has been begun. `meter` is told the work.
+        are told to `skip(name, reason)`. A batch is given out when each device has begun another. `meter` is told the work.
         """
 
         def usable() -> Iterator[tuple[Any, Inputs]]:
@@ -79,7 +85,12 @@ class Encoder:
                     yield name, result
 
         meter = meter or Meter()
-        device = (OnCuda if self.device.type == "cuda" else OnCpu)(self.device, meter)
+        way = OnCuda if self.devices[0].type == "cuda" else OnCpu
+        meter.devices = len(self.devices) if way is OnCuda else 1
+        turns = itertools.cycle(
+            (way(device, meter), functools.partial(self, model=model))
+            for device, model in zip(self.devices, self._models, strict=True)
+        )
 
         def finished(names: list[Any], finish: Finish) -> tuple[list[Any], np.ndarray]:
             rows = finish().numpy()
@@ -89,29 +100,31 @@ class Encoder:
                 skip(names[i], "its embedding is not finite; try --dtype float32")
             return [names[i] for i in np.flatnonzero(finite)], rows[finite]
 
-        begun, good = None, usable()
+        begun, good = deque(), usable()
         while batch := list(itertools.islice(good, batch_size)):
             names, images = zip(*batch, strict=True)
-            last, begun = begun, (names, device.start(images, self))
-            if last:
-                yield finished(*last)
-        if begun:
-            yield finished(*begun)
+            device, model = next(turns)
+            begun.append((names, device.start(images, model)))
+            if len(begun) > len(self.devices):
+                yield finished(*begun.popleft())
+        while begun:
+            yield finished(*begun.popleft())
 
-    def __call__(self, inputs: Inputs) -> torch.Tensor:
-        """Of a batch, float32 [batch, hidden_size] on the device."""
+    def __call__(self, inputs: Inputs, model: Fused | None = None) -> torch.Tensor:
+        """Of a batch, float32 [batch, hidden_size] on the model's device; the first's, if none is given."""
+        model = model or self.model
         with torch.inference_mode():
             recipe = self.prepare.recipe
-            inputs = {name: values.to(self.device) for name, values in inputs.items()}
+            inputs = {name: values.to(model.device) for name, values in inputs.items()}
             inputs = recipe.ready(inputs) if recipe else inputs
             if not self.route:
-                self.route = self.metadata["backend"] = route(self.model, inputs)
+                self.route = self.metadata["backend"] = route(model, inputs)
             try:
-                output = recipe.run(self.model, inputs) if recipe else self.model(**inputs)
+                output = recipe.run(model, inputs) if recipe else model(**inputs)
             except torch.OutOfMemoryError as error:
                 raise UserError(f"{first_line(error)} Try a smaller --batch-size.") from error
             states = output.pooler_output if self._pool == "head" else output.last_hidden_state
-            at_once = 1 if self.model.batch_invariant else len(states)
+            at_once = 1 if model.batch_invariant else len(states)
             mask = inputs.get("pixel_attention_mask")
             masks = itertools.repeat(None) if mask is None else mask.split(at_once)
             parts = zip(states.split(at_once), masks, strict=False)

@@ -24,6 +24,14 @@ def pick_device(name: str | None) -> torch.device:
     return device
 
 
+def pick_devices(names: str | None) -> list[torch.device]:
+    """The devices of a list such as "cuda:0,cuda:1", or the one that there is."""
+    devices = [pick_device(name) for name in (names or "").split(",")]
+    if len({device.type for device in devices}) > 1:
+        raise UserError(f"--device {names}: expected devices of one kind")
+    return devices
+
+
 def load_model(args: Namespace, device: torch.device, dtype: torch.dtype) -> Fused:
     """The model of `args.model` or `args.random_weights`, for inference. Raises UserError where there is no such
     model, it is not whole, or the backend cannot run on the device."""

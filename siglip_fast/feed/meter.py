@@ -15,8 +15,9 @@ class Workers(Protocol):
 
 @dataclass
 class Meter:
-    """Seconds of work on embedded images; waiting is none."""
+    """Seconds of work on embedded images, of all devices together; waiting is none."""
 
+    devices: int = 1  # that compute at the same time
     embedded: int = 0
     copying: float = 0.0
     model: float = 0.0
@@ -26,7 +27,7 @@ class Meter:
         work = {
             "decoding": (workers.images * workers.number, workers.busy),
             "copying": (self.embedded, self.copying),
-            "the model": (self.embedded, self.model),
+            "the model": (self.embedded * self.devices, self.model),
         }
         return {name: images / seconds for name, (images, seconds) in work.items() if images and seconds}
 

@@ -368,3 +368,30 @@ class TestFaults:
         parts = sum(file.startswith("part-") for file in left)
         assert left == folder_of(parts) and 0 < parts < 10
         assert files("copy") == folder_of(10) and read("copy")[0] == names
+
+
+@pytest.mark.parametrize("count", [1, 2, 9])
+def test_devices_in_turns(here, checkpoint, capsys, monkeypatch, count):
+    """The CPU, twice: every second batch by another model, and the images in their order."""
+    ran = []
+    call = encoder.Encoder.__call__
+
+    def note(self, inputs, model=None):
+        ran.append(id(model))
+        return call(self, inputs, model)
+
+    monkeypatch.setattr(encoder.Encoder, "__call__", note)
+    pictures = [picture(seed) for seed in range(count)]
+    names = [save(f"{seed}.png", pixels) for seed, pixels in enumerate(pictures)]
+    assert run(checkpoint, *names, "--out", "o.parquet", "--batch-size", 2, "--device", "cpu,cpu") == 0
+    assert "on cpu, cpu)" in capsys.readouterr().out
+    paths, rows = read("o.parquet")
+    assert paths == names
+    check(rows, expected(checkpoint, pictures))
+    assert len(set(ran)) == min(len(ran), 2) and all(a != b for a, b in zip(ran, ran[1:], strict=False))
+
+
+def test_devices_of_two_kinds(here, checkpoint, capsys):
+    save("0.png", picture(0))
+    assert run(checkpoint, "0.png", "--out", "o.parquet", "--device", "cpu,meta") == 2
+    assert "--device cpu,meta: expected devices of one kind" in capsys.readouterr().err
