@@ -108,6 +108,13 @@ assert embeddings.shape == (2, 64)
 """,
         requires=("sentence_transformers",),
     ),
+    "CUDA graphs": Recipe(
+        before="""
+from siglip_fast import Siglip2VisionModel
+model = Siglip2VisionModel.from_pretrained("google/siglip2-base-patch16-naflex")
+""",
+        gpu_lines=("model.capture(",),
+    ),
     "Batch invariance": Recipe(after="assert model.batch_invariant"),
     "On a GPU": Recipe(
         before="""
