@@ -224,8 +224,8 @@ class TestImages:
         names = [save(f"{i}.png", picture(i)) for i in range(5)]
         call = encoder.Encoder.__call__
 
-        def spoiled(self, inputs):
-            rows = call(self, inputs).clone()  # which is no inference tensor
+        def spoiled(self, inputs, model):
+            rows = call(self, inputs, model).clone()  # which is no inference tensor
             rows[1, 5] = np.inf
             return rows
 
@@ -385,12 +385,12 @@ class TestOutput:
         before = {path: path.read_bytes() for path in Path().iterdir()}
         call, calls = encoder.Encoder.__call__, []
 
-        def failing(self, inputs):
+        def failing(self, inputs, model):
             calls.append(len(inputs["pixel_values"]))
             if len(calls) == 3:
                 assert any(path.suffix == ".part" for path in Path().iterdir())
                 raise ZeroDivisionError
-            return call(self, inputs)
+            return call(self, inputs, model)
 
         monkeypatch.setattr(sinks, "ROW_GROUP", 1)
         monkeypatch.setattr(encoder.Encoder, "__call__", failing)

@@ -122,11 +122,11 @@ class TestFolder:
         assert run(checkpoint, "in", "--out", "whole", *SMALL) == 1
         call, calls = encoder.Encoder.__call__, []
 
-        def failing(self, inputs):
+        def failing(self, inputs, model):
             calls.append(len(inputs["pixel_values"]))
             if len(calls) == 6:
                 raise OSError(28, "No space left on device")
-            return call(self, inputs)
+            return call(self, inputs, model)
 
         with monkeypatch.context() as patch:
             patch.setattr(encoder.Encoder, "__call__", failing)
