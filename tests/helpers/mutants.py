@@ -243,6 +243,14 @@ _PACKED = {
     ),
 }
 
+_GRAPHS = "tests/running/test_packed_graphs.py -k"
+_CAPTURED = {
+    "of-a-larger-call-before": ("own[len(given) :].zero_()", "own[len(given) :]", "naflex_calls"),
+    "rows-in-their-order": ("y.index_select(0, call.out_rows)", "y[: len(call.out_rows)].clone()", "naflex_calls"),
+    "positions-of-the-last-call": ("if self.has_own_positions else None", "if False else None", "naflex_calls"),
+    "a-table-that-moved": ("rotation.table is not graph", "rotation.table is graph", "longer_image"),
+}
+
 MUTANTS = {
     "stream-rounded-around-its-mean": Mutant(
         "kernels/layernorm_linear.py",
@@ -785,6 +793,12 @@ MUTANTS = {
         "tests/kernels/test_attention_segments.py -k 'fp16 and test_bits'",
         interpreted=True,
     ),
+    **{
+        f"graph-{name}": Mutant(
+            "siglip_fast/running/packed_graphs.py", old, new, f"{_GRAPHS} {tests}", interpreted=True
+        )
+        for name, (old, new, tests) in _CAPTURED.items()
+    },
     # The mode is asked for, and configurations depend on the number of rows all the same.
     **{
         f"invariant-by-the-rows-{name}": Mutant(

@@ -55,7 +55,7 @@ SLOW = {
     "models/test_qwen3_vl.py": r"long-triton|fp32-uneven-triton|fp16-\w*-triton",
     "models/test_idefics.py": r"triton-(?!16-24)",
     "kernels/test_configs.py": r"\[fp(32|16)",
-    "kernels/test_attention_segments.py": r"fp(32|16)-triton-4096",
+    "kernels/test_attention_segments.py": r"fp(32|16)-triton-4096|the_longest\[torch",
     "kernels/test_layernorm_linear.py": r"fp(32|16)-triton-(so400m|giant|large)|fp32-triton-base",
     "kernels/test_linear_residual.py": r"fp(32|16)-triton-(so400m|giant|large)|fp32-triton-base",
 }

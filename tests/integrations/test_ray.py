@@ -204,7 +204,7 @@ class TestParquet:
             (["--image-column", "key"], "column 'key' is string, expected binary"),
             (["--image-column", "jpg"], "no column 'path' among"),
             (["--image-column", "jpg", "--id-column", "jpg"], "column 'jpg' is binary, expected text or numbers"),
-            (["in"], "expected images or Parquet files, got both"),
+            (["in"], "expected one kind of input, got Parquet files and images"),
             (["broken.parquet", "--image-column", "jpg", "--id-column", "n"], "broken.parquet: "),
         ],
     )
@@ -377,7 +377,7 @@ class TestFailures:
         [
             (["--device", "cuda"], "Ray knows of no GPU"),
             (["--device", "cuda:1"], "expected cuda or cpu"),
-            (["--id-column", "x"], "are for Parquet files"),
+            (["--id-column", "x"], "--id-column is for Parquet files"),
         ],
     )
     def test_options_that_cannot_be(self, here, checkpoint, capsys, monkeypatch, options, message):
