@@ -1,6 +1,7 @@
-"""What the user can put right, and how an error is told in one line."""
+"""What the user can put right, how an error is told in one line, and a check that several make."""
 
 import re
+from typing import Any
 
 
 class UserError(Exception):
@@ -19,3 +20,11 @@ def typed_line(error: BaseException) -> str:
 def without_folders(text: str) -> str:
     """For what may get published: a path's last part only."""
     return re.sub(r"(?<!\w)/(?:[^\s/'\"]+/)+", "", text)
+
+
+def check_counts(**counts: Any) -> None:
+    """Raises ValueError unless each is a positive integer, or a sequence of such."""
+    for name, value in counts.items():
+        for count in value if isinstance(value, (list, tuple)) else [value]:
+            if not isinstance(count, int) or count < 1:
+                raise ValueError(f"{name}: expected positive integers, got {count!r}")

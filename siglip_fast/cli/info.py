@@ -89,8 +89,7 @@ def checks_of(model: Fused) -> Checks:
         keys = packed_cases.mix(ROWS).keys
         remark = f" on {len(keys)} images of {min(keys)} to {max(keys)} patches"
         return Checks(packed_cases.cases(config, model.dtype, ROWS), packed_cases.inputs, False, remark)
-    tokens = (config.image_size // config.patch_size) ** 2
-    return Checks(cases(config, tokens, model.dtype, [1]), inputs, True, "")
+    return Checks(cases(config, packed_cases.usual_tokens(config), model.dtype, [1]), inputs, True, "")
 
 
 def packed(args: tuple, implementation: Any, tokens: int) -> list:

@@ -26,10 +26,8 @@ def _quotas(root: Path) -> Iterator[float]:
             continue
         base = root / "sys/fs/cgroup" / ("cpu" if controllers else "")
         inside = Path(path.lstrip("/"))
-        for group in [
-            inside,
-            *inside.parents,
-        ]:  # in a container the path may be the host's: what is not there is passed over
+        # In a container the path may be the host's: what is not there is passed over.
+        for group in (inside, *inside.parents):
             try:
                 if controllers:
                     quota, period = ((base / group / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))

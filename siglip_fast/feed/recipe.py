@@ -146,9 +146,8 @@ def _agrees(recipe: Recipe, processor: Any, height: int, width: int) -> bool:
         batch["pixel_values"] = recipe.normalization(batch["pixel_values"])
     if theirs.keys() != batch.keys():
         return False
-    atol = 1e-6 / min(
-        map(abs, recipe.normalization.image_std)
-    )  # float32's rounding; a level is a thousand times as much
+    # float32's rounding; a level is a thousand times as much
+    atol = 1e-6 / min(map(abs, recipe.normalization.image_std))
     return all(
         values.shape == batch[name][0].shape
         and torch.allclose(values.float(), batch[name][0].float(), rtol=0, atol=atol)

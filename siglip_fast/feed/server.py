@@ -20,7 +20,6 @@ def start_server() -> None:
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with contextlib.suppress(
-        ValueError, OSError
-    ):  # a tensor in shared memory is an open file, and 1024 are soon used up
+    # A tensor in shared memory is an open file, and 1024 are soon used up.
+    with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))

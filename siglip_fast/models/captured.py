@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from ..backends.select import is_capturing
+from ..errors import check_counts
 from ..forward import Outputs
 from ..running.graphs import Graphs
-from .graphed import Graphed, check_counts
+from .graphed import Graphed
 from .outputs import asked_for
 from .position import must_interpolate, position_of
 from .reasons import autocast_dtype
@@ -53,8 +54,7 @@ class Captured(Graphed, Tuned):
 
     def _replayed(self, derived: Derived, pixel_values: Tensor, interpolate: bool) -> Outputs | None:
         """The outputs by a CUDA graph, where one was captured for such images."""
-        graphs = None if is_capturing(pixel_values) else self._graphs(derived)
-        if graphs is None:
+        if self._to_capture is None or is_capturing(pixel_values) or (graphs := self._graphs(derived)) is None:
             return None
         size = graphs.batch_size_for(pixel_values)
         if size and (interpolate or not graphs.is_interpolated):

@@ -6,9 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import check_counts
 from ..forward import PackedOutputs
 from ..running.packed_graphs import Call, PackedGraphs
-from .graphed import Graphed, check_counts
+from .graphed import Graphed
 from .packed import Packed
 from .tuned import Tuned
 from .weights import Derived

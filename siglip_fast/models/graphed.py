@@ -46,11 +46,3 @@ class Graphed(Fused):
     def _apply(self, fn: Callable, *args, **kwargs) -> "Graphed":
         self._to_capture = None
         return super()._apply(fn, *args, **kwargs)
-
-
-def check_counts(**counts: Any) -> None:
-    """Raises ValueError unless each is a positive integer, or a sequence of such."""
-    for name, value in counts.items():
-        for count in value if isinstance(value, (list, tuple)) else [value]:
-            if not isinstance(count, int) or count < 1:
-                raise ValueError(f"{name}: expected positive integers, got {count!r}")

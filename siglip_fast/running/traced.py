@@ -56,12 +56,16 @@ class Handle:
         return renewed == self._renewed and self._source is not None and self._source.is_unchanged()
 
 
+def _tensors_of(model: Any) -> list[Tensor]:
+    """What the operations below take as `tensors`."""
+    return [model._patch_weight(), *model.parameters(), *model.buffers()]
+
+
 def forward(model: Any, pixel_values: Tensor, interpolate_pos_encoding: bool) -> tuple[Tensor, Tensor | None]:
     """The model's forward as torch.compile is to trace it."""
-    tensors = [model._patch_weight(), *model.parameters(), *model.buffers()]
     head = model._tower.use_head
     last_hidden_state, pooler_output = vision_tower(
-        pixel_values, tensors, model._handle.tensor, bool(interpolate_pos_encoding), head
+        pixel_values, _tensors_of(model), model._handle.tensor, bool(interpolate_pos_encoding), head
     )
     return last_hidden_state, pooler_output if head else None
 
@@ -70,10 +74,9 @@ def naflex_forward(
     model: Any, pixel_values: Tensor, mask: Tensor | None, spatial_shapes: Tensor
 ) -> tuple[Tensor, Tensor | None]:
     """The same of a model whose images have any size."""
-    tensors = [model._patch_weight(), *model.parameters(), *model.buffers()]
     head = model._tower.use_head
     last_hidden_state, pooler_output = naflex_tower(
-        pixel_values, mask, spatial_shapes, tensors, model._handle.tensor, head
+        pixel_values, mask, spatial_shapes, _tensors_of(model), model._handle.tensor, head
     )
     return last_hidden_state, pooler_output if head else None
 
@@ -81,9 +84,10 @@ def naflex_forward(
 def merging_forward(model: Any, pixel_rows: Tensor, grid_thw: Tensor) -> PackedOutputs:
     """The same of a model whose packed images have a merger behind them; its last_hidden_state is None where the model
     returns none."""
-    tensors = [model._patch_weight(), *model.parameters(), *model.buffers()]
     rows, out, has_last = model.multiple_of, model.config.out_hidden_size, model.output_class is not None
-    flat = merging_tower(pixel_rows, grid_thw, tensors, model._handle.tensor, rows, out, model.num_features, has_last)
+    flat = merging_tower(
+        pixel_rows, grid_thw, _tensors_of(model), model._handle.tensor, rows, out, model.num_features, has_last
+    )
     last = flat[0] if has_last else None
     return PackedOutputs(last, flat[has_last], flat[has_last + 1 :])
 

@@ -41,12 +41,7 @@ def cases(config: SiglipVisionConfig, tokens: int, dtype: torch.dtype, batch_siz
     ]
     of_images = [("attention", (N, H, D // H))]
     if getattr(config, "vision_use_head", True):
-        of_images += [
-            ("attention_pool", (N, D, H)),
-            ("linear_residual", (D, D, False)),
-            ("layernorm_linear", (F, D, TANH)),
-            ("linear_residual", (D, F, True)),
-        ]
+        of_images += [("attention_pool", (N, D, H)), *of_pooled(D, F)]
     found: dict[tuple[Operation, int], Case] = {}
     for B in batch_sizes:
         for rows, operations in ((B * N, of_tokens), (B, of_images)):
@@ -54,6 +49,11 @@ def cases(config: SiglipVisionConfig, tokens: int, dtype: torch.dtype, batch_siz
                 operation = Operation(name, dims, dtype)
                 found.setdefault((operation, bucket(rows)), Case(operation, rows))
     return list(found.values())
+
+
+def of_pooled(D: int, F: int) -> list[tuple[str, tuple[int, ...]]]:
+    """The pooling head's, behind the pooling, on images."""
+    return [("linear_residual", (D, D, False)), ("layernorm_linear", (F, D, TANH)), ("linear_residual", (D, F, True))]
 
 
 def encode(case: Case) -> list:

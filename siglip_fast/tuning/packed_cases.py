@@ -16,7 +16,7 @@ from ..ops import PatchEmbedding, Position, Rotation, Segments
 from ..running.packing import TILE_ROWS, Upload, add_segments, ranges
 from . import cases as of_one_size
 from .cache import Operation, bucket
-from .cases import PLAIN, TANH, Case, row_moments
+from .cases import PLAIN, TANH, Case, of_pooled, row_moments
 
 ERF = ACTIVATIONS.index("erf")
 SHARES = (1, 15, 64, 100, 64, 33)  # of the longest image, in percent
@@ -105,12 +105,7 @@ def _naflex(config: Siglip2VisionConfig, rows: int) -> dict[int, list[Named]]:
     of_rows = [("patch_embed_rows", (D, config.num_channels * p * p, 1)), *_layers(D, F, H), ("layernorm", (D, True))]
     if not getattr(config, "vision_use_head", True):
         return {rows: of_rows}
-    of_images = [
-        ("attention_pool_segments", (D, H)),
-        ("linear_residual", (D, D, False)),
-        ("layernorm_linear", (F, D, TANH)),
-        ("linear_residual", (D, F, True)),
-    ]
+    of_images = [("attention_pool_segments", (D, H)), *of_pooled(D, F)]
     images = len(mix(rows).keys)
     return {rows: of_rows + of_images} if images == rows else {rows: of_rows, images: of_images}
 

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from transformers import PretrainedConfig
 
 from ..backends.select import backend_for
-from ..errors import typed_line
+from ..errors import check_counts, typed_line
 from . import cache
 from .cache import Entries, Key
 from .cases import Case, encode
@@ -66,9 +66,7 @@ def tune(
         ValueError: a batch size is no positive integer.
         RuntimeError: the Triton kernels cannot run on the device, or the worker does not start.
     """
-    for size in batch_sizes:
-        if not isinstance(size, int) or size < 1:
-            raise ValueError(f"batch_sizes: expected positive integers, got {size!r}")
+    check_counts(batch_sizes=[*batch_sizes])
     device = _with_index(device)
     backend_for("triton", device)  # raises where it cannot run
     if tokens is None:
