@@ -76,7 +76,7 @@ pixels; the last table says how much.
 
 ## How this was measured
 
-Made by `python bench/feed.py --markdown docs/feed.md --plot docs/feed.png`, whose first lines say how. *before* is what `embed` did
+Made by `python bench/feed.py --rounds ROUNDS --markdown docs/feed.md --plot docs/feed.png`, whose first lines say how. *before* is what `embed` did
 until these decoders: Pillow, a copy for EXIF, one for RGB, and Hugging Face's image processor.
 """.splitlines()
 Run = Callable[[bytes], Tensor]  # to uint8 pixels [3, h, w] or NaFlex's rows, or to normalised ones
@@ -299,7 +299,7 @@ def cost_of_draft() -> list[dict]:
 def markdown(result: dict) -> str:
     about, cores = result["about"], result["cores"]
     where = f"{about['device']}, {cores} cores, {', '.join(f'{k} {v}' for k, v in result['versions'].items())}; {result['rounds']} rounds"
-    lines = [*HEAD]
+    lines = [line.replace("ROUNDS", str(result["rounds"])) for line in HEAD]
     lines += [f"{where}. {result['note']}".strip(), ""]
     for kind, rows in result["rows"].items():
         lines += [f"## {kind}: images a second on one core", ""]
