@@ -141,7 +141,8 @@ class Backend:
             return None
         selection = self._selections.get(device)
         if selection is None:
-            selection = self._selections[device] = self._selection_on(device)
+            # One for all threads, or one's races would not hold for another's forward.
+            selection = self._selections.setdefault(device, self._selection_on(device))
         return selection
 
 

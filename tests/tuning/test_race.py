@@ -449,15 +449,30 @@ class TestTrouble:
         def run(backend):
             start.wait()
             call(backend, rows_of(9))
-            assert_vendor.append(backend.selection(rows_of(1).device).choice("layernorm", (D,), torch.float32, 9).route)
+            chosen.append(backend.selection(rows_of(1).device).choice("layernorm", (D,), torch.float32, 9).route)
 
-        assert_vendor: list[str] = []
+        chosen: list[str] = []
         threads = [threading.Thread(target=run, args=(each,)) for each in (backend, backend, *others)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-        assert len(fresh.made) == 1 and assert_vendor == 4 * ["vendor"]
+        assert len(fresh.made) == 1 and chosen == 4 * ["vendor"]
+
+    def test_threads_that_come_first_together_share_a_selection(self):
+        together = threading.Barrier(2)
+
+        def selection_on(device):
+            together.wait()  # both found that there is none
+            return race.selection_on(device)
+
+        backend, found = select.load("triton", selection_on), []
+        threads = [threading.Thread(target=lambda: found.append(backend.selection(CPU))) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert found[0] is found[1] is backend.selection(CPU)
 
 
 # Both race the same operations at the same time, with opposite results.
