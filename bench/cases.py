@@ -1,4 +1,4 @@
-"""What is measured: models, batch sizes, dtypes and which compiled peers, by SIGLIP_FAST_BENCH: quick, second or full."""
+"""What is measured: models, batch sizes, dtypes and which compiled peers, by SIGLIP_FAST_BENCH: quick, second, full or robots."""
 
 import os
 from typing import NamedTuple
@@ -39,9 +39,11 @@ _CPU = [
 CASES = {
     ("cuda", "full"): [Case(v, b, d) for v in _VARIANTS for b in (1, 8, 64, 256) for d in ("bfloat16", "float16")],
     ("cuda", "quick"): [Case(v, b, "bfloat16", _ROUNDS) for v, b in _QUICK],
+    ("cuda", "robots"): [Case("so400m-patch14-224", views, "bfloat16") for views in (1, 2, 3)],  # docs/robots.md
     ("cuda", "second"): [Case(v, b, "bfloat16", _ROUNDS) for v, b in _SECOND],
     ("cpu", "full"): [Case(v, b, d, rounds) for v, b, rounds in _CPU for d in ("float32", "bfloat16")],
     ("cpu", "quick"): [Case("base-patch16-224", 1, "float32", rounds=3)],
+    ("cpu", "robots"): [Case("so400m-patch14-224", views, "bfloat16", rounds=7) for views in (1, 2, 3)],
     ("cpu", "second"): [Case("base-patch16-224", 1, "float32", rounds=3)],
 }
 # The torch.compile modes on a GPU, by extent and model; on a CPU only a full run has any.
@@ -57,17 +59,17 @@ def config_of(case: Case) -> SiglipVisionConfig:
 
 
 def extent() -> str:
-    """Of this session: quick, second or full."""
+    """Of this session: quick, second, full or robots."""
     chosen = os.environ.get("SIGLIP_FAST_BENCH", "quick")
-    if chosen not in ("quick", "second", "full"):
-        raise ValueError(f"SIGLIP_FAST_BENCH: expected quick, second or full, got {chosen!r}")
+    if chosen not in ("quick", "second", "full", "robots"):
+        raise ValueError(f"SIGLIP_FAST_BENCH: expected quick, second, full or robots, got {chosen!r}")
     return chosen
 
 
 def left_out(case: Case, device: str, peer: str, compile_seconds: float) -> str | None:
     """Why a session does without this peer, if it does; `compile_seconds` have gone into torch.compile before."""
     kind, _, mode = peer.partition(", ")
-    if extent() == "full" or kind != "torch.compile":
+    if extent() in ("full", "robots") or kind != "torch.compile":
         return None
     if device == "cpu" or mode not in _MODES.get((extent(), case.variant), ()):
         return f"a {extent()} run leaves it out"

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import pyarrow as pa
 import pytest
 import torch
-from checkpoints import save_tiny_naflex, save_tiny_paligemma, save_tiny_qwen3_vl, save_tiny_siglip
+from checkpoints import save_tiny_naflex, save_tiny_paligemma, save_tiny_pi0, save_tiny_qwen3_vl, save_tiny_siglip
 from PIL import Image
 from pyarrow import parquet
 
@@ -25,13 +25,14 @@ HELPERS = str(Path(__file__).parent / "helpers")
 ROOT = Path(__file__).parents[1]
 PAGES = [
     ROOT / "README.md",
-    *(ROOT / "docs" / f"{page}.md" for page in ("swap", "any-size", "embedding", "gpu", "batch-invariance")),
+    *(ROOT / "docs" / f"{page}.md" for page in ("swap", "any-size", "embedding", "gpu", "batch-invariance", "robots")),
 ]
 CHECKPOINTS = {
     "google/siglip-base-patch16-224": save_tiny_siglip,
     "google/siglip2-base-patch16-naflex": save_tiny_naflex,
     "google/paligemma2-3b-mix-224": save_tiny_paligemma,
     "Qwen/Qwen3-VL-2B-Instruct": save_tiny_qwen3_vl,
+    "lerobot/pi0_base": save_tiny_pi0,
 }
 
 
@@ -116,6 +117,7 @@ model = Siglip2VisionModel.from_pretrained("google/siglip2-base-patch16-naflex")
         gpu_lines=("model.capture(",),
     ),
     "Batch invariance": Recipe(after="assert model.batch_invariant"),
+    "Robot policies": Recipe(after="assert tower.config.hidden_size", gpu_lines=("tower.capture(",)),
     "On a GPU": Recipe(
         before="""
 import torch

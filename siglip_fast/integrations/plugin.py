@@ -1,4 +1,4 @@
-"""What the server plugins share: the switch that turns them on, and the log line of what they did."""
+"""What the server plugins share: the switch that turns them on, and that none of them stops a server."""
 
 import functools
 import logging
@@ -12,14 +12,14 @@ SWITCH = "SIGLIP_FAST_PLUGIN"
 logger = logging.getLogger("siglip_fast")
 
 
-def plugin(server: str) -> Callable[[Callable[[], str]], Callable[[], None]]:
-    """Makes an entry point of a function that changes `server` and says what it changed.
+def plugin(server: str) -> Callable[[Callable[[], None]], Callable[[], None]]:
+    """Makes an entry point of a function that changes `server`.
 
     The entry point does nothing unless SIGLIP_FAST_PLUGIN is "1", does it once a process, and never raises: what the
     function raises is logged with the remark that the server is as it was, which the function has to see to.
     """
 
-    def decorate(change: Callable[[], str]) -> Callable[[], None]:
+    def decorate(change: Callable[[], None]) -> Callable[[], None]:
         done = False
 
         @functools.wraps(change)
@@ -28,8 +28,7 @@ def plugin(server: str) -> Callable[[Callable[[], str]], Callable[[], None]]:
             if done or os.environ.get(SWITCH) != "1":
                 return
             try:
-                # not at level info: vLLM shows no other logger's
-                logger.warning("%s: %s", server, change())
+                change()
                 done = True
             except Exception as error:  # of another version's of the server, whatever it is
                 logger.warning("%s is left as it was: %s", server, typed_line(error))

@@ -35,7 +35,7 @@ UPDATES = (
 
 
 @plugin("SGLang")
-def register() -> str:
+def register() -> None:
     """Registers the hooks; SGLang applies them when all plugins have run."""
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
@@ -47,7 +47,6 @@ def register() -> str:
         HookRegistry.register(target, after_load, HookType.AFTER)
     for target in UPDATES:
         HookRegistry.register(target, around_update, HookType.AROUND)
-    return "SigLIP vision towers of transformers become fast when a model is loaded"
 
 
 def after_load(loaded: Any, *args, **kwargs) -> None:
@@ -56,6 +55,9 @@ def after_load(loaded: Any, *args, **kwargs) -> None:
         model = loaded if hasattr(loaded, "modules") else loaded.model
         if siglip_fast.towers(model):
             siglip_fast.apply_to(model)
+            logger.warning(
+                "SGLang: %s", "; ".join(map(repr, siglip_fast.towers(model)))
+            )  # it shows no other logger's info
     except Exception as error:
         logger.warning("SGLang's model stays as it is: %s", typed_line(error))
 

@@ -13,10 +13,11 @@ MOST_ROWS = 1 << 16  # that are kept: 150 MB of 1152 channels in bf16
 
 
 class ResizedPositions:
-    """Of transformers' SigLIP 2 embeddings."""
+    """Of transformers' SigLIP 2 embeddings, or vLLM's, which want sizes on the CPU: `sizes_on`; None: where the weights are."""
 
-    def __init__(self, embeddings: nn.Module):
+    def __init__(self, embeddings: nn.Module, sizes_on: str | None = None):
         self._embeddings = embeddings
+        self._sizes_on = sizes_on or embeddings.position_embedding.weight.device
         self._lock = threading.Lock()
         self._forget()
 
@@ -42,26 +43,26 @@ class ResizedPositions:
         with torch.inference_mode(False), torch.no_grad():
             for height, width in shapes:
                 self._offsets[height, width] = sum(map(len, tables))
-                tables.append(_resized(self._embeddings, height, width))
+                tables.append(_resized(self._embeddings, torch.tensor([[height, width]], device=self._sizes_on)))
             self._table = torch.cat(tables)
         finish(self._table)
 
 
 class _Nothing(nn.Module):
-    """In the place of the projection of patches: zeros `[1, N, D]`."""
+    """In the place of the projection of patches: zeros `[..., D]`."""
 
     def __init__(self, weight: Tensor):
         super().__init__()
         self.weight = nn.Parameter(weight, requires_grad=False)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        return self.weight.new_zeros(*pixel_values.shape[:2], len(self.weight))
+        return self.weight.new_zeros(*pixel_values.shape[:-1], len(self.weight))
 
 
-def _resized(embeddings: nn.Module, height: int, width: int) -> Tensor:
-    """What stock adds to the patches of such an image, `[height·width, D]`: its own code, on patches that are zero."""
+def _resized(embeddings: nn.Module, size: Tensor) -> Tensor:
+    """What stock adds to the patches of an image of `size [1, 2]`, `[height·width, D]`: its own code, on patches that are
+    zero."""
     alone = copy.copy(embeddings)
     weight = embeddings.patch_embedding.weight.detach()
     alone.__dict__["_modules"] = {**embeddings._modules, "patch_embedding": _Nothing(weight)}
-    shapes = torch.tensor([[height, width]], device=weight.device)
-    return type(embeddings).forward(alone, weight.new_zeros(1, height * width, weight.shape[1]), shapes)[0]
+    return type(embeddings).forward(alone, weight.new_zeros(1, int(size.prod()), weight.shape[1]), size)[0]

@@ -58,3 +58,8 @@ def save_tiny_paligemma(folder: Path) -> None:
 def save_tiny_qwen3_vl(folder: Path) -> None:
     """Of `zoo.qwen3_vl`, the weights only."""
     zoo.qwen3_vl()[0].save_pretrained(folder)
+
+
+def save_tiny_pi0(folder: Path) -> None:
+    """The model alone."""
+    zoo.pi0()[0].save_pretrained(folder)

@@ -1,0 +1,77 @@
+"""Servers as a user starts them: a command, a port, requests over HTTP, and the log they leave."""
+
+import base64
+import contextlib
+import io
+import json
+import os
+import signal
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+STARTS_WITHIN = 600  # seconds; half a minute on an idle machine
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+@contextlib.contextmanager
+def served(command: Sequence[str], port: int, health: str, log: Path, variables: Mapping[str, str]) -> Iterator[None]:
+    """Runs a server until the block is left; fails with the end of its log where it does not come up."""
+    with log.open("wb") as output:
+        environment = {**os.environ, **variables}
+        process = subprocess.Popen(command, stdout=output, stderr=output, env=environment, start_new_session=True)
+    try:
+        deadline = time.monotonic() + STARTS_WITHIN
+        while not _answers(f"http://127.0.0.1:{port}{health}"):
+            ended = process.poll() is not None
+            assert not ended and time.monotonic() < deadline, log.read_text(errors="replace")[-5000:]
+            time.sleep(1)
+        yield
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)
+        try:
+            process.wait(60)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def _answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=5) as answer:
+            return answer.status == 200
+    except (urllib.error.URLError, ConnectionError, TimeoutError):
+        return False
+
+
+def post(port: int, path: str, body: dict) -> dict:
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{port}{path}", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=300) as answer:
+        return json.load(answer)
+
+
+def picture(seed: int, size: tuple[int, int] = (100, 80)) -> Image.Image:
+    """Of a few smooth patches of colour."""
+    few = np.random.default_rng(seed).integers(0, 256, (6, 5, 3), dtype=np.uint8)
+    return Image.fromarray(few).resize(size)
+
+
+def data_url(image: Image.Image) -> str:
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
