@@ -61,8 +61,11 @@ def post(port: int, path: str, body: dict) -> dict:
     request = urllib.request.Request(
         f"http://127.0.0.1:{port}{path}", json.dumps(body).encode(), {"Content-Type": "application/json"}
     )
-    with urllib.request.urlopen(request, timeout=300) as answer:
-        return json.load(answer)
+    try:
+        with urllib.request.urlopen(request, timeout=300) as answer:
+            return json.load(answer)
+    except urllib.error.HTTPError as error:
+        raise AssertionError(f"{path}: {error}: {error.read()[:1000]!r}") from error
 
 
 def picture(seed: int, size: tuple[int, int] = (100, 80)) -> Image.Image:
