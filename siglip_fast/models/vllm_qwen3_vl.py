@@ -93,20 +93,19 @@ class Qwen3_VisionTransformer(VllmTower, qwen3_vl.Qwen3_VisionTransformer):  # n
     ) -> Tensor:
         """`x [M, K]`, pixels of the patches of all images and videos, `grid_thw [B, 3]` → `[M / 4, out · (1 + taps)]`, as
         vLLM's: the merged rows and beside them those of the taps."""
-        args = (grid_thw, encoder_metadata)
+        x = x.to(self.device, non_blocking=True)
 
         def merged(derived: Derived) -> Tensor:
-            return self._run(
-                derived, self.input_norm(x.to(self.device, non_blocking=True), self.dtype), _grids(grid_thw)
-            )
+            return self._run(derived, self.input_norm(x, self.dtype), _grids(grid_thw))
 
-        out = self._fused(merged, len(x), x, *args)
+        out = self._fused(merged, len(x), x, grid_thw, encoder_metadata)
         return super().forward(x, grid_thw, encoder_metadata=encoder_metadata) if out is None else out
 
     def _call_reasons(self, x: Tensor, grid_thw: Any, encoder_metadata: Any) -> Iterator[str]:
         yield from super()._call_reasons(x, grid_thw, encoder_metadata)
         if encoder_metadata is not None:
             yield "encoder_metadata is given, as inside of vLLM's CUDA graphs of encoders"
+            return  # and no grids
         weight, grids, merge = self._patch_weight(), _grids(grid_thw), self.spatial_merge_size
         if weight is not None and (x.ndim != 2 or x.shape[1] != weight[0].numel()):
             yield f"x has shape {list(x.shape)}, not [rows, {weight[0].numel()}]"

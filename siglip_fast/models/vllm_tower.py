@@ -96,7 +96,11 @@ class VllmTower(Fused):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        if current_platform.is_cpu():
+        if not type(self).__module__.startswith(
+            f"{__package__}."
+        ):  # Cosmos3's and Bailing's: nobody here knows what they change
+            self._failure = f"{type(self).__name__} is a subclass of a fast class"
+        elif current_platform.is_cpu():
             self._keep_weights()
 
     def _keep_weights(self) -> None:

@@ -164,6 +164,10 @@ delegates(model, "layers.0.layer_norm1 is a LayerNorm")
 with torch.inference_mode():
     hidden = build()
 delegates(hidden, "made under torch.inference_mode")
+ours = siglip.SiglipVisionTransformer
+siglip.SiglipVisionTransformer = type("Other", (ours,), {})  # as Cosmos3's and Bailing's are of others of these towers
+delegates(build(), "Other is a subclass", same=False)
+siglip.SiglipVisionTransformer = ours
 delegates(build(), "have shape [batch, 3, 64, 48]", torch.randn(2, 3, 64, 48), same=False)
 delegates(build(), "interpolate_pos_encoding", same=False, interpolate_pos_encoding=True)
 with torch.autocast("cpu", torch.bfloat16):
@@ -298,6 +302,7 @@ check(build(half), 2e-2, inputs(mixed, half))
 check(build(half), 2e-2, inputs(mixed))  # vLLM's forward casts
 tower = build()
 check(tower, 0, inputs(mixed), "encoder_metadata is given", encoder_metadata=tower.prepare_encoder_metadata(mixed))
+check(tower, 0, (inputs(mixed)[0], None), "encoder_metadata is", encoder_metadata=tower.prepare_encoder_metadata(mixed))
 tower = build()
 tower.merger.linear_fc1.tp_size = 2
 check(tower, 0, inputs(mixed), "merger.linear_fc1 is tensor-parallel over 2")
