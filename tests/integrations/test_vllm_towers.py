@@ -269,7 +269,10 @@ print("DONE")
 
 QWEN3_VL = """
 from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLVisionConfig
-from vllm.model_executor.models import qwen3_vl
+try:
+    from vllm.model_executor.models import qwen3_vl
+except ImportError as error:  # torchvision, which does not import beside every torch
+    sys.exit(print("CANNOT IMPORT", type(error).__name__, error))
 
 sizes = {"hidden_size": 128, "num_heads": 2, "intermediate_size": 160, "patch_size": 4, "num_position_embeddings": 36,
          "depth": 4, "out_hidden_size": 96, "deepstack_visual_indexes": [2, 0]}
