@@ -151,6 +151,19 @@ def layer_view(norms: Sequence[nn.Module], qkv: nn.Module, out_proj: nn.Module, 
     return types.SimpleNamespace(self_attn=attention, mlp=mlp, layer_norm1=norms[0], layer_norm2=norms[1])
 
 
+def siglip_view(tower: nn.Module, rotates: bool = True) -> Any:
+    """A tower on packed rows whose modules have the names of transformers' SigLIP."""
+    embeddings = tower.embeddings
+    return types.SimpleNamespace(
+        embeddings=types.SimpleNamespace(
+            patch_embedding=embeddings.patch_embedding, patch_size=embeddings.patch_size, num_patches=1
+        ),
+        encoder=tower.encoder,
+        post_layernorm=tower.post_layernorm,
+        rotates=rotates,
+    )
+
+
 def compare(name: str, module: nn.Module | None, fresh: nn.Module) -> None:
     """Raise Unsupported where `module` or one below it differs from `fresh` in class, settings or shapes."""
     compare_class(name, module, type(fresh))

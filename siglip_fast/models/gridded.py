@@ -19,7 +19,7 @@ from transformers.utils import ModelOutput
 
 from ..forward import PackedOutputs, Packing
 from ..ops import Position, Rotation
-from ..running.grids import Grid, frames, places, read
+from ..running.grids import Grid, bilinear, frames, places, read
 from ..running.packed_graphs import Call
 from ..running.packing import Upload, add_segments
 from ..running.traced import gridded_forward
@@ -207,6 +207,15 @@ class Gridded(Built, Traced, CapturedPacked):
 
 def _rows_of(grids: Sequence[Grid]) -> list[int]:
     return [t * h * w for t, h, w, *_ in grids]
+
+
+def resized_bilinearly(
+    learned: Tensor, side: int, align_corners: bool, grids: Sequence[Grid], place: np.ndarray, upload: Upload
+) -> Callable[[], Position]:
+    """As `Gridded._position`, of a square table `[side², D]` that is resized to each grid."""
+    index, weight = map(upload.add, bilinear(place, grids, side, align_corners))
+    table = learned.detach().resolve_neg().contiguous()
+    return lambda: Position(table, index(), weight())
 
 
 def whole_squares(grids: Sequence[Grid], side: int) -> bool:

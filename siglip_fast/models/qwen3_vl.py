@@ -18,10 +18,10 @@ from transformers.utils import TransformersKwargs
 
 from ..forward import PackedOutputs
 from ..ops import Position
-from ..running.grids import Grid, bilinear
+from ..running.grids import Grid
 from ..running.packing import Upload
 from .anatomy import Unsupported, layer_view, of_layers
-from .gridded import Gridded, fast_class, when_asked, whole_squares
+from .gridded import Gridded, fast_class, resized_bilinearly, when_asked, whole_squares
 from .gridded import installed as installed_of
 from .weights import Derived
 
@@ -78,9 +78,8 @@ class Qwen3VLTower(Gridded):
         self, derived: Derived, grids: list[Grid], place: np.ndarray, upload: Upload
     ) -> Callable[[], Position]:
         align_corners = getattr(self, "interpolation_align_corners", True)  # no attribute until transformers 5.6
-        index, weight = map(upload.add, bilinear(place, grids, self.num_grid_per_side, align_corners))
-        learned = self.pos_embed.weight.detach().resolve_neg().contiguous()
-        return lambda: Position(learned, index(), weight())
+        learned, side = self.pos_embed.weight, self.num_grid_per_side
+        return resized_bilinearly(learned, side, align_corners, grids, place, upload)
 
     def _made(self, outputs: PackedOutputs) -> BaseModelOutputWithPooling | tuple[Tensor | list[Tensor], ...]:
         if self.output_class is None:

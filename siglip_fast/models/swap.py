@@ -36,6 +36,7 @@ _FAST = {
     "transformers.models.qwen4_exp.modeling_qwen4_exp.Qwen4ExpVisionModel": "qwen3_vl",
     "transformers.models.cohere_compass.modeling_cohere_compass.CohereCompassVisionModel": "qwen3_vl",
     "transformers.models.qwen3_omni_moe.modeling_qwen3_omni_moe.Qwen3OmniMoeVisionEncoder": "qwen3_vl",
+    "transformers.models.paddleocr_vl.modeling_paddleocr_vl.PaddleOCRVisionTransformer": "paddleocr_vl",
 }
 _NOT_YET = "the same layers as SigLIP's, but not supported yet"
 _LEFT_ALONE = {
