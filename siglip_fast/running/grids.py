@@ -52,6 +52,22 @@ def _places_in_frame(height: int, width: int, merge: int) -> np.ndarray:
     return np.stack(np.broadcast_arrays(row, column), -1).reshape(-1, 2)
 
 
+def squares(grids: Sequence[Grid], side: int) -> list[np.ndarray]:
+    """Of rows in raster order those that lie in the same place in each frame, place by place, in the order in which the
+    patches of squares of `side` by `side` are neighbours: a `[places, frames]` for images in a row that have as many."""
+    found: list[list[np.ndarray]] = []
+    first = 0
+    for t, h, w, *_ in grids:
+        row, column = _places_in_frame(h, w, side).T
+        source = first + (row * w + column)[:, None] + h * w * np.arange(t)
+        if found and found[-1][0].shape[1] == t:
+            found[-1].append(source)
+        else:
+            found.append([source])
+        first += t * h * w
+    return [np.concatenate(sources) for sources in found]
+
+
 def bilinear(
     places: np.ndarray, grids: Sequence[Grid], side: int, align_corners: bool
 ) -> tuple[np.ndarray, np.ndarray]:
