@@ -5,7 +5,7 @@ outside of it. (Cosmos3 Omni's tower is Qwen3-VL's own class.)
 """
 
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -69,11 +69,14 @@ class _Positions(ResizedPositions):
     def _rows(self, height: int, width: int, side: int) -> int:
         return height * width
 
-    def _resized(self, height: int, width: int, side: int) -> Tensor:
+    def _resized(self, sizes: list[tuple[int, int, int]]) -> Iterator[Tensor]:
         """By stock's own code."""
-        side_of_table, learned = self._embeddings.position_embedding_size, self._embeddings.position_embedding.weight
-        table = learned.detach().view(side_of_table, side_of_table, -1)
-        return type(self._embeddings).resize_positional_embeddings(table, torch.tensor([[1, height, width]]), side)
+        embeddings = self._embeddings
+        side_of_table = embeddings.position_embedding_size
+        table = embeddings.position_embedding.weight.detach().view(side_of_table, side_of_table, -1)
+        for height, width, side in sizes:
+            grid = torch.tensor([[1, height, width]], device="cpu")  # whose numbers are read
+            yield type(embeddings).resize_positional_embeddings(table, grid, side)
 
 
 def _fast(home: types.ModuleType, stock: type[nn.Module]) -> type[nn.Module]:

@@ -6,7 +6,7 @@ the pooler's output, the four of a square of 2 by 2 patches together.
 """
 
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -97,11 +97,12 @@ def _mean(y: Tensor, source: Tensor) -> Tensor:
 class _Positions(ResizedPositions):
     """Those on the grid and those in time, of Kimi K2.5's position embeddings."""
 
-    def _resized(self, *grid: int) -> Tensor:
-        """Its own code, on patches that are zero."""
-        learned = self._embeddings.position_embeddings
-        patches = learned.new_zeros(self._rows(*grid), learned.shape[-1])
-        return type(self._embeddings).forward(self._embeddings, patches, torch.tensor([grid], device=learned.device))
+    def _resized(self, sizes: list[Grid]) -> Iterator[Tensor]:
+        """By stock's own code on patches that are zero."""
+        embeddings, learned = self._embeddings, self._embeddings.position_embeddings
+        lengths = [self._rows(*grid) for grid in sizes]
+        patches, grids = learned.new_zeros(sum(lengths), learned.shape[-1]), torch.tensor(sizes, device=learned.device)
+        return iter(type(embeddings).forward(embeddings, patches, grids).split(lengths))
 
 
 def _check(tower: nn.Module) -> None:

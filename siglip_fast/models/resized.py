@@ -3,6 +3,7 @@
 import copy
 import math
 import threading
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -21,8 +22,8 @@ class ResizedPositions:
         self._lock = threading.Lock()
         self._forget()
 
-    def _resized(self, *size: int) -> Tensor:
-        """`[_rows(*size), D]`, in the dtype of the patches."""
+    def _resized(self, sizes: list[tuple[int, ...]]) -> Iterator[Tensor]:
+        """Of each size `[_rows(*size), D]`, in the dtype of the patches."""
         raise NotImplementedError
 
     def _rows(self, *size: int) -> int:
@@ -45,11 +46,10 @@ class ResizedPositions:
 
     def _add(self, sizes: list[tuple[int, ...]]) -> None:
         tables, offsets = [*self._tables], {**self._offsets}
-        # A size at a time: padded to the largest, a product of all at once would take as much memory for each.
         with torch.inference_mode(False), torch.no_grad():
-            for size in sizes:
+            for size, table in zip(sizes, self._resized(sizes), strict=True):
                 offsets[size] = sum(map(len, tables))
-                tables.append(self._resized(*size))
+                tables.append(table)
             tables = [torch.cat(tables)]
         finish(tables[0])
         self._tables, self._offsets = tables, offsets  # both, or where something failed neither
@@ -58,14 +58,17 @@ class ResizedPositions:
 class NaflexPositions(ResizedPositions):
     """Of transformers' SigLIP 2 embeddings, row-major."""
 
-    def _resized(self, height: int, width: int) -> Tensor:
-        """Its own code, on patches that are zero."""
+    def _resized(self, sizes: list[tuple[int, int]]) -> Iterator[Tensor]:
+        """By stock's own code on patches that are zero, a size at a time: padded to the largest, a product of all at once
+        would take as much memory for each."""
         embeddings = self._embeddings
         alone = copy.copy(embeddings)
         weight = embeddings.patch_embedding.weight.detach()
         alone.__dict__["_modules"] = {**embeddings._modules, "patch_embedding": _Nothing(weight)}
-        shapes = torch.tensor([[height, width]], device=weight.device)
-        return type(embeddings).forward(alone, weight.new_zeros(1, height * width, weight.shape[1]), shapes)[0]
+        for height, width in sizes:
+            shapes = torch.tensor([[height, width]], device=weight.device)
+            patches = weight.new_zeros(1, height * width, weight.shape[1])
+            yield type(embeddings).forward(alone, patches, shapes)[0]
 
 
 class _Nothing(nn.Module):
