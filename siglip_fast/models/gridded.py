@@ -196,12 +196,12 @@ class Gridded(Built, Traced, CapturedPacked):
         place, upload = places(grids, self._merges(grids)), Upload()
         position, lengths = self._position(derived, grids, place, upload), self._segment_lengths(grids)
         segments = add_segments(upload, np.cumsum(lengths) - lengths, lengths, lengths, self._tile_rows(derived))
-        rotary = self.rotary_at and descendant(self, *self.rotary_at)
-        on_device = rotary and upload.add(place)
+        on_device = upload.add(place) if self.rotary_at else None
         upload.send(self._patch_weight().device)
         rotation = None
-        if rotary:
-            rotation = Rotation(derived.kept(RotaryTable, rotary).of(int(place.max()) + 1), on_device())
+        if on_device is not None:
+            table = derived.kept(RotaryTable, descendant(self, *self.rotary_at))
+            rotation = Rotation(table.of(int(place.max()) + 1), on_device())
         return Packing(segments(), position(), rotation=rotation)
 
 

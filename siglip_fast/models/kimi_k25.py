@@ -88,10 +88,14 @@ class KimiTower(Gridded):
 
 
 def _mean(y: Tensor, source: Tensor) -> Tensor:
-    """The mean of rows `source[:, 0]`, `source[:, 1]`, …, in float32."""
-    count, frames = source.shape
+    """The mean of rows `source[:, 0]`, `source[:, 1]`, … in float32; one after the other, so that its bits do not depend on how
+    many there are."""
+    frames = source.shape[1]
     taken = y.index_select(0, source.view(-1))
-    return taken if frames == 1 else taken.view(count, frames, -1).float().mean(1).to(y.dtype)
+    if frames == 1:
+        return taken
+    first, *others = taken.float().unflatten(0, (-1, frames)).unbind(1)
+    return (sum(others, first) / frames).to(y.dtype)
 
 
 class _Positions(ResizedPositions):

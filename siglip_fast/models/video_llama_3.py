@@ -44,7 +44,8 @@ class VideoLlama3Tower(Gridded):
     def _grids(self, grid_thw: Tensor, merge_sizes: Tensor) -> list[Grid] | str:
         if merge_sizes.shape != grid_thw.shape[:1] or merge_sizes.device != grid_thw.device:
             return f"merge_sizes are {list(merge_sizes.shape)} on {merge_sizes.device}, not one for each of grid_thw"
-        return read(torch.cat([grid_thw, merge_sizes[:, None]], 1))  # together, so that the host waits once
+        grids = read(torch.cat([grid_thw, merge_sizes[:, None]], 1))  # together, so that the host waits once
+        return "merge_sizes is not positive" if min(merge for *_, merge in grids) < 1 else grids
 
     def _merges(self, grids: Sequence[Grid]) -> list[int]:
         return [merge for *_, merge in grids]
@@ -88,13 +89,15 @@ def _no_position(weight: Tensor) -> Tensor:
 
 
 def _shrunk(rows: Tensor, merge: int) -> Tensor:
-    """Of each `merge²` rows, those of a square, the middle one, or the mean of the four around the middle in float32."""
+    """Of each `merge²` rows, those of a square, the middle one, or the mean of the four around the middle, as stock's
+    interpolation sums them: in float32, two by two."""
     if merge == 1:
         return rows
-    middle, is_odd = merge // 2, merge % 2
-    sides = slice(middle, middle + 1) if is_odd else slice(middle - 1, middle + 1)
-    inner = rows.view(-1, merge, merge, rows.shape[1])[:, sides, sides]
-    return inner.flatten(1, 2).contiguous().squeeze(1) if is_odd else inner.float().mean((1, 2)).to(rows.dtype)
+    squares, middle = rows.view(-1, merge, merge, rows.shape[1]), merge // 2
+    if merge % 2:
+        return squares[:, middle, middle].contiguous()
+    a, b, c, d = squares[:, middle - 1 : middle + 1, middle - 1 : middle + 1].float().flatten(1, 2).unbind(1)
+    return (((a + b) + (c + d)) / 4).to(rows.dtype)
 
 
 def _fast(home: types.ModuleType, stock: type[nn.Module]) -> type[nn.Module]:

@@ -291,8 +291,8 @@ _GRIDDED = {
     ),
     "video-llama-corner-of-the-square": (
         "models/video_llama_3.py",
-        "slice(middle - 1, middle + 1)",
-        "slice(0, 2)",
+        "middle - 1 : middle + 1, middle - 1 : middle + 1",
+        "0:2, 0:2",
         "video_llama_3.py -k 'merge_sizes and fp32'",
     ),
     "video-llama-raster": (

@@ -244,6 +244,14 @@ class TestReasons:
         for expected, actual in zip(stock.parameters(), ours.parameters(), strict=True):
             torch.testing.assert_close(actual.grad, expected.grad)
 
+    @pytest.mark.parametrize("family", sorted({*INSTALLED} - {"kimi_k25"}))  # whose is always 0
+    @torch.no_grad()
+    def test_attention_dropout(self, family):
+        """Where the tower is in training, though there are no gradients."""
+        ours, call = fast(tower(family, attention_dropout=0.1)), FAMILIES[family].call(FEW)
+        assert ours.why_not(**call) is None
+        assert "dropout" in ours.train().why_not(**call)
+
     @every_family
     @torch.no_grad()
     def test_gradient_checkpointing_leaves_no_mark(self, family):

@@ -4,6 +4,8 @@ import pytest
 import torch
 from gridded_towers import FAMILIES, INSTALLED, assert_as, assert_left_to_stock, fast, tower
 
+from siglip_fast.models.video_llama_3 import VideoLlama3Tower
+
 pytestmark = pytest.mark.skipif("video_llama_3" not in INSTALLED, reason="this transformers has no such tower")
 OWN = FAMILIES["video_llama_3"]
 GRIDS, MERGES = [(1, 3, 5), (1, 4, 6), (2, 4, 4), (1, 6, 3), (1, 4, 8), (1, 1, 1)], [1, 2, 2, 3, 4, 1]
@@ -17,12 +19,17 @@ def test_merge_sizes(dtype):
 
 
 @torch.no_grad()
-def test_a_square_becomes_its_mean_to_the_bit():
-    ours = fast(tower("video_llama_3", torch.bfloat16))
-    call = OWN.call([(2, 4, 6)], torch.bfloat16, [2])
-    states = ours(**call, output_hidden_states=True)
-    normed = torch.nn.functional.layer_norm(states.hidden_states[-1], (64,), *ours.post_layernorm.parameters(), 1e-6)
-    assert torch.equal(states.last_hidden_state, normed.view(12, 4, 64).float().mean(1).bfloat16())
+def test_squares_are_shrunk_to_the_bit(monkeypatch):
+    """As stock's own method shrinks the same rows."""
+    stock, call = tower("video_llama_3", torch.bfloat16), OWN.call(GRIDS, torch.bfloat16, MERGES)
+    ours, whole, finished = fast(stock), [], VideoLlama3Tower._finished
+    monkeypatch.setattr(
+        VideoLlama3Tower, "_finished", lambda self, *args: whole.append(args[0]) or finished(self, *args)
+    )
+    shrunk = ours(**call).last_hidden_state
+    assert len(shrunk) == 15 + 6 + 8 + 2 + 2 + 1
+    expected = stock.pixel_unshuffle(whole[0].last_hidden_state, call["grid_thw"], call["merge_sizes"])
+    assert torch.equal(shrunk, expected)
 
 
 @pytest.mark.parametrize(
@@ -31,7 +38,7 @@ def test_a_square_becomes_its_mean_to_the_bit():
         ([1, 2, 2, 3, 4], "not one for each"),
         ([[1], [2], [2], [3], [4], [1]], "not one for each"),
         ([1, 3, 2, 3, 4, 1], "no multiples of merge_sizes"),
-        ([1, 2, 2, 3, 4, 0], "not positive"),
+        ([1, 2, 2, 3, 4, 0], "merge_sizes is not positive"),
         ([1.0, 2, 2, 3, 4, 1], "merge_sizes is torch.float32"),
     ],
 )
