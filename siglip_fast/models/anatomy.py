@@ -3,6 +3,7 @@
 The measure is a fresh module of the tower's own config: every class, setting, shape and callable has to equal its.
 """
 
+import copy
 import functools
 import types
 from collections.abc import Callable, Sequence
@@ -10,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 from transformers.activations import ACT2FN
 
 from ..ops import DTYPES
@@ -71,6 +73,61 @@ def of_transformers(home: types.ModuleType, prefix: str, tower_class: type | Non
     )
 
 
+def of_layers(
+    stock: type[nn.Module],
+    view: Callable[[nn.Module], Any],
+    patch_at: tuple[str, ...],
+    layers_at: tuple[str, ...] = ("encoder", "layers"),
+    attention_name: str = "self_attn",
+    rotates: bool = True,
+    watched: tuple[str, ...] = (),
+    check: Callable[[nn.Module], None] = lambda tower: None,
+) -> Anatomy:
+    """That of the towers of a class whose constructor takes the config: measured by one of one layer. The names lead to the
+    projection of patches and to the layers; `check` is what else there is to say of a tower that equals such."""
+
+    def checked(tower: nn.Module) -> None:
+        fresh = _of_one_layer(stock, tower.config)
+        layers, expected = _compare_around(tower, fresh, layers_at)
+        if not len(layers):
+            raise Unsupported("there are no layers")
+        activations = [child for child in expected[0].mlp.children() if not isinstance(child, nn.Linear)]
+        if [*map(type, activations)] != [type(ACT2FN["gelu_pytorch_tanh"])]:
+            raise Unsupported(f"hidden_act is {tower.config.hidden_act!r}, not 'gelu_pytorch_tanh'")
+        head_dim = getattr(expected[0], attention_name).head_dim
+        check_head_dim(head_dim)
+        if rotates and head_dim % 4:
+            raise Unsupported("head_dim is no multiple of 4")
+        for i, own in enumerate(layers):
+            compare(f"{layers_at[-1]}.{i}", own, expected[0])
+        check(tower)
+        check_tensors(tower, descendant(tower, *patch_at).weight)
+
+    return Anatomy(checked, view, lambda tower: descendant(tower, *patch_at), ("config", *watched))
+
+
+def _of_one_layer(stock: type[nn.Module], config: PretrainedConfig) -> nn.Module:
+    """On the meta device."""
+    config = copy.deepcopy(config)
+    setattr(config, "depth" if hasattr(config, "depth") else "num_hidden_layers", 1)
+    config._attn_implementation = "sdpa"  # whatever else was asked for need not be installed for this
+    with torch.device("meta"):
+        return stock(config)
+
+
+def _compare_around(tower: nn.Module, fresh: nn.Module, layers_at: tuple[str, ...]) -> tuple[nn.Module, nn.Module]:
+    """Compares all modules but the layers, and gives those of both. Of what holds them only the class counts: gradient
+    checkpointing, which acts in training, leaves its mark there."""
+    own: nn.Module | None = tower
+    for name in layers_at:
+        for other, expected in fresh.named_children():
+            if other != name:
+                compare(other, own._modules.get(other), expected)
+        own, fresh = own._modules.get(name), fresh._modules[name]
+        compare_class(name, own, type(fresh))
+    return own, fresh
+
+
 def descendant(module: nn.Module | None, *names: str) -> nn.Module | None:
     """The module below `module` by these names, or None where there is none."""
     for name in names:
@@ -92,6 +149,19 @@ def layer_view(norms: Sequence[nn.Module], qkv: nn.Module, out_proj: nn.Module, 
         for weight, bias in zip(qkv.weight.chunk(3), qkv.bias.chunk(3), strict=True)
     )
     return types.SimpleNamespace(self_attn=attention, mlp=mlp, layer_norm1=norms[0], layer_norm2=norms[1])
+
+
+def siglip_view(tower: nn.Module, rotates: bool = True) -> Any:
+    """A tower on packed rows whose modules have the names of transformers' SigLIP."""
+    embeddings = tower.embeddings
+    return types.SimpleNamespace(
+        embeddings=types.SimpleNamespace(
+            patch_embedding=embeddings.patch_embedding, patch_size=embeddings.patch_size, num_patches=1
+        ),
+        encoder=tower.encoder,
+        post_layernorm=tower.post_layernorm,
+        rotates=rotates,
+    )
 
 
 def compare(name: str, module: nn.Module | None, fresh: nn.Module) -> None:

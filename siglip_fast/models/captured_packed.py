@@ -41,7 +41,8 @@ class CapturedPacked(Graphed, Tuned, Packed):
         if not token_budgets:
             return
         with torch.no_grad():
-            if reason := self.why_not(*self._example()):
+            args, kwargs = self._example()
+            if reason := super().why_not(*args, **kwargs):  # not by a tower's own, whose arguments come as stock's do
                 raise RuntimeError(f"capture: the fused forward does not apply: {reason}")
             derived = self._current()
             if derived.ops.backend != "triton":  # the others go by lists that are on the host
@@ -54,8 +55,8 @@ class CapturedPacked(Graphed, Tuned, Packed):
             self._to_capture = to_capture
 
     def _recorded(self, derived: Derived, budgets: tuple[int, ...], max_images: int) -> PackedGraphs:
-        pixel_values, *args = self._example()
-        call = self._call(derived, pixel_values, self._read(pixel_values, *args))
+        (pixel_values, *args), kwargs = self._example()
+        call = self._call(derived, pixel_values, self._read(pixel_values, *args, **kwargs))
         return PackedGraphs(derived.run_packed, budgets, max_images, call)
 
     def _replayed(self, derived: Derived, pixel_values: Tensor, sizes: Any) -> PackedOutputs | None:
@@ -64,8 +65,8 @@ class CapturedPacked(Graphed, Tuned, Packed):
         budget = None if graphs is None else graphs.budget_for(*self._counts(sizes))
         return None if budget is None else graphs.replay(budget, self._call(derived, pixel_values, sizes))
 
-    def _example(self) -> tuple[Tensor, ...]:
-        """The arguments of a small call of the forward."""
+    def _example(self) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
+        """The arguments of a small call, as `_read` takes them."""
         raise NotImplementedError
 
     def _counts(self, sizes: Any) -> tuple[int, int]:

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from ..backends.select import is_capturing
+from ..forward import Packing
+from ..ops import Position
 from ..running.packing import TILE_ROWS
 from .base import Fused
 from .outputs import HiddenStates, asked_for
@@ -91,3 +93,12 @@ def joined(parts: Sequence[Any]) -> Any:
         return torch.cat(parts)
     entries = map(joined, zip(*parts, strict=True))
     return type(first)(*entries) if hasattr(first, "_fields") else type(first)(entries)
+
+
+def with_own_positions(packing: Packing) -> Packing:
+    """The same, whose table has a row for each row of the call: what a CUDA graph is given, which knows addresses only,
+    where the table moves as it gets more sizes."""
+    table, index, _ = packing.position
+    taken = table.index_select(0, index.view(-1))
+    index = torch.arange(len(taken), dtype=torch.int32, device=taken.device)[:, None]
+    return packing._replace(position=Position(taken, index))

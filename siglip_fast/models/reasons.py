@@ -104,7 +104,8 @@ def attention_reasons(
             yield f"attention implementation {name!r} was asked for"
         elif not _is_transformers_own(ALL_ATTENTION_FUNCTIONS.get(name)):
             yield f"attention implementation {name!r} is not transformers' own"
-    if any(m is not None and m.training and getattr(m, "dropout", 0) for m in attentions):
+    names = ("dropout", "attention_dropout")
+    if any(m is not None and m.training and any(getattr(m, name, 0) for name in names) for m in attentions):
         yield "attention dropout is active"
 
 

@@ -1,7 +1,9 @@
 """A position embedding resized for images of each size, as stock's own embeddings resize it, and kept by size."""
 
 import copy
+import math
 import threading
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -13,56 +15,68 @@ MOST_ROWS = 1 << 16  # that are kept: 150 MB of 1152 channels in bf16
 
 
 class ResizedPositions:
-    """Of transformers' SigLIP 2 embeddings, or vLLM's, which want sizes on the CPU: `sizes_on`; None: where the weights are."""
+    """Of an image's size, whatever tells it, to the rows that stock adds to its patches."""
 
-    def __init__(self, embeddings: nn.Module, sizes_on: str | None = None):
+    def __init__(self, embeddings: nn.Module):
         self._embeddings = embeddings
-        self._sizes_on = sizes_on or embeddings.position_embedding.weight.device
         self._lock = threading.Lock()
         self._forget()
 
+    def _resized(self, sizes: list[tuple[int, ...]]) -> Iterator[Tensor]:
+        """Of each size `[_rows(*size), D]`, in the dtype of the patches."""
+        raise NotImplementedError
+
+    def _rows(self, *size: int) -> int:
+        return math.prod(size)
+
     def _forget(self) -> None:
-        weight = self._embeddings.position_embedding.weight
-        self._table = weight.new_empty(0, weight.shape[1])
-        self._offsets: dict[tuple[int, int], int] = {}
+        self._tables: list[Tensor] = []  # one, or none yet
+        self._offsets: dict[tuple[int, ...], int] = {}
 
-    def of(self, shapes: list[tuple[int, int]]) -> tuple[Tensor, np.ndarray]:
-        """`[P, D]`, and where in it the rows of each image begin, row-major."""
+    def of(self, sizes: list[tuple[int, ...]]) -> tuple[Tensor, np.ndarray]:
+        """`[P, D]`, and where in it the rows of each image begin."""
         with self._lock:
-            new = [*dict.fromkeys(shape for shape in shapes if shape not in self._offsets)]
+            new = [*dict.fromkeys(size for size in sizes if size not in self._offsets)]
             if new:
-                if len(self._table) + sum(h * w for h, w in new) > MOST_ROWS:
+                if sum(map(len, self._tables)) + sum(self._rows(*size) for size in new) > MOST_ROWS:
                     self._forget()
-                    new = [*dict.fromkeys(shapes)]
+                    new = [*dict.fromkeys(sizes)]
                 self._add(new)
-            return self._table, np.array([self._offsets[shape] for shape in shapes])
+            return self._tables[0], np.array([self._offsets[size] for size in sizes])
 
-    def _add(self, shapes: list[tuple[int, int]]) -> None:
-        tables = [self._table]
-        # A size at a time: padded to the largest, a product of all at once would take as much memory for each.
+    def _add(self, sizes: list[tuple[int, ...]]) -> None:
+        tables, offsets = [*self._tables], {**self._offsets}
         with torch.inference_mode(False), torch.no_grad():
-            for height, width in shapes:
-                self._offsets[height, width] = sum(map(len, tables))
-                tables.append(_resized(self._embeddings, torch.tensor([[height, width]], device=self._sizes_on)))
-            self._table = torch.cat(tables)
-        finish(self._table)
+            for size, table in zip(sizes, self._resized(sizes), strict=True):
+                offsets[size] = sum(map(len, tables))
+                tables.append(table)
+            tables = [torch.cat(tables)]
+        finish(tables[0])
+        self._tables, self._offsets = tables, offsets  # both, or where something failed neither
+
+
+class NaflexPositions(ResizedPositions):
+    """Of transformers' SigLIP 2 embeddings, row-major."""
+
+    def _resized(self, sizes: list[tuple[int, int]]) -> Iterator[Tensor]:
+        """By stock's own code on patches that are zero, a size at a time: padded to the largest, a product of all at once
+        would take as much memory for each."""
+        embeddings = self._embeddings
+        alone = copy.copy(embeddings)
+        weight = embeddings.patch_embedding.weight.detach()
+        alone.__dict__["_modules"] = {**embeddings._modules, "patch_embedding": _Nothing(weight)}
+        for height, width in sizes:
+            shapes = torch.tensor([[height, width]], device=weight.device)
+            patches = weight.new_zeros(1, height * width, weight.shape[1])
+            yield type(embeddings).forward(alone, patches, shapes)[0]
 
 
 class _Nothing(nn.Module):
-    """In the place of the projection of patches: zeros `[..., D]`."""
+    """In the place of the projection of patches: zeros `[1, N, D]`."""
 
     def __init__(self, weight: Tensor):
         super().__init__()
         self.weight = nn.Parameter(weight, requires_grad=False)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        return self.weight.new_zeros(*pixel_values.shape[:-1], len(self.weight))
-
-
-def _resized(embeddings: nn.Module, size: Tensor) -> Tensor:
-    """What stock adds to the patches of an image of `size [1, 2]`, `[height·width, D]`: its own code, on patches that are
-    zero."""
-    alone = copy.copy(embeddings)
-    weight = embeddings.patch_embedding.weight.detach()
-    alone.__dict__["_modules"] = {**embeddings._modules, "patch_embedding": _Nothing(weight)}
-    return type(embeddings).forward(alone, weight.new_zeros(1, int(size.prod()), weight.shape[1]), size)[0]
+        return self.weight.new_zeros(*pixel_values.shape[:2], len(self.weight))

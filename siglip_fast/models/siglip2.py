@@ -26,8 +26,8 @@ from .anatomy import of_transformers
 from .base import Built
 from .captured_packed import CapturedPacked
 from .outputs import in_asked_form
-from .packed import joined, together
-from .resized import ResizedPositions
+from .packed import joined, together, with_own_positions
+from .resized import NaflexPositions
 from .traced import Traced
 from .weights import Derived
 
@@ -156,23 +156,20 @@ class Siglip2Tower(Traced, CapturedPacked):
             outputs = derived.run_packed(pixel_values.flatten(0, 1), packing, collect and padded)
         return outputs.last_hidden_state.view(B, N, -1), outputs.pooler_output
 
-    def _example(self) -> tuple[Tensor, ...]:
+    def _example(self) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
         weight = self._patch_weight()
         shapes = torch.ones(1, 2, dtype=torch.int64)
-        return weight.new_zeros(1, 1, weight.shape[1]), torch.ones(1, 1, device=weight.device), shapes
+        return (weight.new_zeros(1, 1, weight.shape[1]), torch.ones(1, 1, device=weight.device), shapes), {}
 
     def _counts(self, sizes: Sizes) -> tuple[int, int]:
         return int(sizes.queries.sum()), len(sizes.shapes)
 
     def _call(self, derived: Derived, pixel_values: Tensor, sizes: Sizes) -> Call:
-        packing = self._pack(derived, sizes, in_packed_rows=True)
-        rows, (table, index, _) = pixel_values.flatten(0, 1), packing.position
+        packing = with_own_positions(self._pack(derived, sizes, in_packed_rows=True))
+        rows = pixel_values.flatten(0, 1)
         if packing.rows is not None:
             rows = rows.index_select(0, packing.rows)
-        # The table moves as it gets more sizes, and a graph knows addresses only.
-        taken = table.index_select(0, index.view(-1))
-        position = Position(taken, torch.arange(len(taken), dtype=torch.int32, device=taken.device)[:, None])
-        tight = packing._replace(rows=None, out_rows=None, position=position)
+        tight = packing._replace(rows=None, out_rows=None)
         return Call(rows, tight, packing.out_rows, has_own_positions=True)
 
     def _pack(self, derived: Derived, sizes: Sizes, in_packed_rows: bool = False) -> Packing:
@@ -183,7 +180,7 @@ class Siglip2Tower(Traced, CapturedPacked):
         first = np.empty_like(lengths)
         first[order] = np.cumsum(queries[order]) - queries[order]
         upload = Upload()
-        positions = derived.kept(ResizedPositions, self._tower.embeddings)
+        positions = derived.kept(NaflexPositions, self._tower.embeddings)
         table, offsets = positions.of(sizes.shapes)
         index = ranges(offsets[order], queries[order])
         padding = (first + lengths)[is_padded]

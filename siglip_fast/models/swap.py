@@ -17,6 +17,7 @@ from torch import nn
 from transformers import AutoModel
 
 from .base import Fused, checked_backend, checked_batch_invariant, stock_class
+from .others import OTHERS
 
 logger = logging.getLogger("siglip_fast")
 
@@ -36,9 +37,14 @@ _FAST = {
     "transformers.models.qwen4_exp.modeling_qwen4_exp.Qwen4ExpVisionModel": "qwen3_vl",
     "transformers.models.cohere_compass.modeling_cohere_compass.CohereCompassVisionModel": "qwen3_vl",
     "transformers.models.qwen3_omni_moe.modeling_qwen3_omni_moe.Qwen3OmniMoeVisionEncoder": "qwen3_vl",
+    "transformers.models.paddleocr_vl.modeling_paddleocr_vl.PaddleOCRVisionTransformer": "paddleocr_vl",
+    "transformers.models.kimi_k25.modeling_kimi_k25.Kimi_K25VisionModel": "kimi_k25",
+    "transformers.models.video_llama_3.modeling_video_llama_3.VideoLlama3VisionModel": "video_llama_3",
+    "transformers.models.cosmos3_edge.modeling_cosmos3_edge.Cosmos3EdgeVisionModel": "cosmos3_edge",
 }
 _NOT_YET = "the same layers as SigLIP's, but not supported yet"
 _LEFT_ALONE = {
+    **OTHERS,
     "transformers.models.idefics2.modeling_idefics2.Idefics2VisionTransformer": _NOT_YET,
     "transformers.models.phi4_multimodal.modeling_phi4_multimodal.Phi4MultimodalVisionModel": _NOT_YET,
 }
@@ -119,21 +125,23 @@ def register() -> None:
     """From now on, transformers builds fast towers where it looks a tower's class up.
 
     That is `AutoModel.from_config` with a SiglipVisionConfig or Siglip2VisionConfig, by which PaliGemma, Gemma 3, the LLaVAs,
-    LFM2-VL and others build theirs, or with that of a tower like Qwen3-VL's (transformers ≥ 5.6); and, by its own patch mapping (≥ 5.3),
-    `from_pretrained` and `from_config` of models that name the class, such as SiglipModel (≥ 5.6) and Qwen3-VL's and
-    Qwen3-Omni's (before). Models built before, or by calling a class, stay as they are.
+    LFM2-VL and others build theirs, or with that of a tower like Qwen3-VL's (transformers ≥ 5.6) or VideoLLaMA 3's; and, by its
+    own patch mapping (≥ 5.3), `from_pretrained` and `from_config` of models that name the class, such as SiglipModel (≥ 5.6),
+    Kimi K2.5, PaddleOCR-VL, and Qwen3-VL's and Qwen3-Omni's (before). Models built before, or by calling a class, stay as they are.
 
     The patch mapping knows names only: remote code's own class called SiglipVisionModel is replaced, too. And it puts
     classes into transformers' modules while a model is built, so models should be built one after the other.
     """
-    from . import qwen3_vl
+    from . import cosmos3_edge, kimi_k25, paddleocr_vl, qwen3_vl, video_llama_3
+    from .gridded import installed
     from .idefics import Idefics3VisionTransformer, SmolVLMVisionTransformer
     from .siglip import SiglipVisionModel
     from .siglip2 import Siglip2VisionModel
 
-    by_auto_model = (SiglipVisionModel, Siglip2VisionModel, *qwen3_vl.installed())
+    gridded = [cls for family in (qwen3_vl, kimi_k25, video_llama_3, cosmos3_edge) for cls in installed(family)]
+    by_auto_model = (SiglipVisionModel, Siglip2VisionModel, *gridded)
     # Anchored, because the names are taken for patterns: SiglipVisionModelOutput begins so, too.
-    fast = (*by_auto_model, Idefics3VisionTransformer, SmolVLMVisionTransformer)
+    fast = (*by_auto_model, Idefics3VisionTransformer, SmolVLMVisionTransformer, *installed(paddleocr_vl))
     patches = {f"^{cls.__name__}$": cls for cls in fast}
     with _lock:
         unregister()

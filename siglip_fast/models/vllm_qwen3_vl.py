@@ -14,10 +14,11 @@ from vllm.model_executor.layers.rotary_embedding.common import ApplyRotaryEmb
 from vllm.model_executor.models import qwen2_5_vl, qwen3_vl
 
 from ..forward import Packing
-from ..ops import Position, Rotation
-from ..running.grids import Grid, bilinear, frames, places, read
+from ..ops import Rotation
+from ..running.grids import Grid, frames, places, read
 from ..running.packing import TILE_ROWS, Upload, add_segments
 from .anatomy import Anatomy, Unsupported, check_head_dim, check_tensors, layer_view
+from .gridded import resized_bilinearly
 from .packed import joined, together
 from .vllm_tower import PARAMETERS, VllmTower, check_parts
 from .weights import Derived, finish
@@ -127,14 +128,13 @@ class Qwen3_VisionTransformer(VllmTower, qwen3_vl.Qwen3_VisionTransformer):  # n
 
     def _pack(self, derived: Derived, grids: Sequence[Grid]) -> Packing:
         place, upload = places(grids, self.spatial_merge_size), Upload()
-        taps = bilinear(place, grids, self.num_grid_per_side, align_corners=True)
-        index, weight, on_device = (upload.add(array) for array in (*taps, place))
+        position = resized_bilinearly(self.pos_embed.weight, self.num_grid_per_side, True, grids, place, upload)
+        on_device = upload.add(place)
         lengths, tile_rows = frames(grids), TILE_ROWS if derived.ops.backend == "triton" else ()
         segments = add_segments(upload, np.cumsum(lengths) - lengths, lengths, lengths, tile_rows)
         upload.send(self.device)
         table = derived.kept(rotary_table, self.rotary_pos_emb)
-        learned = self.pos_embed.weight.detach()
-        return Packing(segments(), Position(learned, index(), weight()), rotation=Rotation(table, on_device()))
+        return Packing(segments(), position(), rotation=Rotation(table, on_device()))
 
 
 def _grids(grid_thw: Tensor | list[list[int]]) -> list[Grid]:

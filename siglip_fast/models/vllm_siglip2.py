@@ -6,6 +6,7 @@ Only what is behind `embeddings` and `encoder` is vLLM's own: post_layernorm and
 from collections.abc import Iterator
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 from vllm.model_executor.models import lfm2_siglip2
 
@@ -20,6 +21,17 @@ _KNOWN = (
     *(lfm2_siglip2.Siglip2VisionEmbeddings, nn.Embedding, lfm2_siglip2.Siglip2Encoder, nn.ModuleList),
     *(lfm2_siglip2.Siglip2EncoderLayer, nn.LayerNorm, lfm2_siglip2.Siglip2Attention, lfm2_siglip2.Siglip2MLP),
 )
+
+
+class _Positions(ResizedPositions):
+    def _resized(self, sizes: list[tuple[int, int]]) -> Iterator[Tensor]:
+        """By vLLM's own code."""
+        embeddings, lengths = self._embeddings, [height * width for height, width in sizes]
+        side = embeddings.position_embedding_size
+        table = embeddings.position_embedding.weight.detach().view(side, side, -1)
+        # which wants the sizes on the CPU
+        packed = embeddings.resize_positional_embeddings_packed(table, torch.tensor(sizes), lengths_list=lengths)
+        return iter(packed.split(lengths))
 
 
 class Siglip2VisionTransformer(VllmTower, lfm2_siglip2.Siglip2VisionTransformer):
@@ -71,7 +83,7 @@ class Siglip2VisionTransformer(VllmTower, lfm2_siglip2.Siglip2VisionTransformer)
 
     def _pack(self, derived: Derived, shapes: list[tuple[int, int]]) -> Packing:
         lengths, upload = np.array(shapes).prod(1), Upload()
-        table, offsets = derived.kept(ResizedPositions, self.embeddings, "cpu").of(shapes)
+        table, offsets = derived.kept(_Positions, self.embeddings).of(shapes)
         index = upload.add(ranges(offsets, lengths)[:, None])
         tile_rows = TILE_ROWS if derived.ops.backend == "triton" else ()
         segments = add_segments(upload, np.cumsum(lengths) - lengths, lengths, lengths, tile_rows)

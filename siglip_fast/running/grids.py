@@ -1,7 +1,7 @@
 """Images and videos on grids of patches: each row's place, and what resizing a learned table of positions takes.
 
 Numbers on the host, as everything that `siglip_fast.running.packing` uploads. `grids` has (frames, height, width) of each
-image or video, in patches; rows of all are behind one another, frame after frame.
+image or video, in patches, and maybe more behind these; rows of all are behind one another, frame after frame.
 """
 
 from collections.abc import Sequence
@@ -10,14 +10,14 @@ import numpy as np
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-Grid = tuple[int, int, int]
+Grid = tuple[int, ...]
 
 # By tensor, its version when it was read, and what was in it
 _read: "WeakTensorKeyDictionary" = WeakTensorKeyDictionary()
 
 
 def read(grid_thw: Tensor) -> list[Grid]:
-    """What is in an integer tensor `[B, 3]`. Of one that is on a device the host waits for it, once as long as the
+    """What is in an integer tensor, an entry a row. Of one that is on a device the host waits for it, once as long as the
     tensor lives and is not edited; what torch does not count (edits through `.data` or DLPack) it does not see."""
     if grid_thw.device.type == "cpu" or grid_thw.is_inference():
         return [*map(tuple, grid_thw.tolist())]
@@ -34,20 +34,38 @@ def read_once(grid_thw: Tensor) -> list[Grid]:
 
 def frames(grids: Sequence[Grid]) -> np.ndarray:
     """`[S]`: rows of each frame, one frame after the other."""
-    t, h, w = np.array(grids).T
+    t, h, w, *_ = np.array(grids).T
     return np.repeat(h * w, t)
 
 
-def places(grids: Sequence[Grid], merge: int) -> np.ndarray:
-    """`[M, 2]`: row and column of each patch. Patches of a square of `merge` by `merge` are neighbours, row-major within
-    it, as the squares are within a frame."""
-    return np.concatenate([np.tile(_places_in_frame(h, w, merge), (t, 1)) for t, h, w in grids])
+def places(grids: Sequence[Grid], merge: int | Sequence[int]) -> np.ndarray:
+    """`[M, 2]`: row and column of each patch. Patches of a square of `merge` by `merge`, which may be another for each image,
+    are neighbours, row-major within it, as the squares are within a frame."""
+    merges = [merge] * len(grids) if isinstance(merge, int) else merge
+    each = zip(grids, merges, strict=True)
+    return np.concatenate([np.tile(_places_in_frame(h, w, side), (t, 1)) for (t, h, w, *_), side in each])
 
 
 def _places_in_frame(height: int, width: int, merge: int) -> np.ndarray:
     row = np.arange(height).reshape(-1, 1, merge, 1)
     column = np.arange(width).reshape(1, -1, 1, merge)
     return np.stack(np.broadcast_arrays(row, column), -1).reshape(-1, 2)
+
+
+def squares(grids: Sequence[Grid], side: int) -> list[np.ndarray]:
+    """Of rows in raster order those that lie in the same place in each frame, place by place, in the order in which the
+    patches of squares of `side` by `side` are neighbours: a `[places, frames]` for images in a row that have as many."""
+    found: list[list[np.ndarray]] = []
+    first = 0
+    for t, h, w, *_ in grids:
+        row, column = _places_in_frame(h, w, side).T
+        source = first + (row * w + column)[:, None] + h * w * np.arange(t)
+        if found and found[-1][0].shape[1] == t:
+            found[-1].append(source)
+        else:
+            found.append([source])
+        first += t * h * w
+    return [np.concatenate(sources) for sources in found]
 
 
 def bilinear(

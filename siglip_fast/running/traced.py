@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from ..forward import PackedOutputs
 from ..ops import check_shape
 
 # The models, of which this knows what `siglip_fast.models.traced.Traced` has
@@ -81,15 +80,12 @@ def naflex_forward(
     return last_hidden_state, pooler_output if head else None
 
 
-def merging_forward(model: Any, pixel_rows: Tensor, grid_thw: Tensor) -> PackedOutputs:
-    """The same of a model whose packed images have a merger behind them; its last_hidden_state is None where the model
-    returns none."""
-    rows, out, has_last = model.multiple_of, model.config.out_hidden_size, model.output_class is not None
-    flat = merging_tower(
-        pixel_rows, grid_thw, _tensors_of(model), model._handle.tensor, rows, out, model.num_features, has_last
-    )
-    last = flat[0] if has_last else None
-    return PackedOutputs(last, flat[has_last], flat[has_last + 1 :])
+def gridded_forward(model: Any, pixel_values: Tensor, grid_thw: Tensor, beside: list[Tensor]) -> list[Tensor]:
+    """The same of a model that takes packed pixels and grids: the first tensors of its output, `[rows, width]` each, as its
+    `traced_outputs` says. `beside` are the other tensors that its forward takes."""
+    per_row, widths = zip(*model.traced_outputs(), strict=True)
+    tensors = _tensors_of(model)
+    return gridded_tower(pixel_values, grid_thw, beside, tensors, model._handle.tensor, [*per_row], [*widths])
 
 
 @torch.compiler.assume_constant_result
@@ -154,30 +150,31 @@ def _(pixel_values, mask, spatial_shapes, tensors, handle, head):
     return weight.new_empty(B, N, D), weight.new_empty((B, D) if head else (0,))
 
 
-@torch.library.custom_op("siglip_fast::merging_tower", mutates_args=(), tags=_TAGS)
-def merging_tower(
-    pixel_rows: Tensor,
+@torch.library.custom_op("siglip_fast::gridded_tower", mutates_args=(), tags=_TAGS)
+def gridded_tower(
+    pixel_values: Tensor,
     grid_thw: Tensor,
+    beside: list[Tensor],
     tensors: list[Tensor],
     handle: Tensor,
-    rows: int,
-    out: int,
-    features: int,
-    has_last: bool,
+    rows: list[int],
+    widths: list[int],
 ) -> list[Tensor]:
-    """`pixel_rows [M, K]`, `grid_thw [B, 3]` → last_hidden_state `[M, D]` if the model has_last, then what the merger makes of
-    so many rows each and as many features, `[M / rows, out]`; `vision_tower` has the rest."""
-    output = _output(handle, tensors, pixel_rows, grid_thw)
-    return [tensor.contiguous() for tensor in tree_leaves(output if isinstance(output, tuple) else [*output.values()])]
+    """Pixels of M rows, as the model takes them, and `grid_thw [B, 3]` → the first tensors of the model's output: for `rows[i]`
+    rows of pixels each a row of `widths[i]`, or, where `rows[i]` is 0, however many there are; `vision_tower` has the rest."""
+    output = _output(handle, tensors, pixel_values, grid_thw, *beside)
+    leaves = tree_leaves(output if isinstance(output, tuple) else [*output.values()])
+    return [tensor.flatten(1).contiguous() for tensor in leaves[: len(rows)]]
 
 
-@merging_tower.register_fake
-def _(pixel_rows, grid_thw, tensors, handle, rows, out, features, has_last):
+@gridded_tower.register_fake
+def _(pixel_values, grid_thw, beside, tensors, handle, rows, widths):
     weight = tensors[0]
-    check_shape("hidden_states", pixel_rows, (None, weight[0].numel()))
-    M = pixel_rows.shape[0]  # len() would make it a constant of the graph
-    merged = [weight.new_empty(M // rows, out) for _ in range(1 + features)]
-    return [weight.new_empty(M, len(weight)), *merged] if has_last else merged
+    M = pixel_values.reshape(-1, weight[0].numel()).shape[0]  # len() would make it a constant of the graph
+    return [
+        weight.new_empty(M // each if each else torch.library.get_ctx().new_dynamic_size(), width)
+        for each, width in zip(rows, widths, strict=True)
+    ]
 
 
 def _outputs(handle: Tensor, tensors: list[Tensor], head: bool, *args) -> tuple[Tensor, Tensor]:

@@ -22,6 +22,13 @@ ERF = ACTIVATIONS.index("erf")
 SHARES = (1, 15, 64, 100, 64, 33)  # of the longest image, in percent
 LONGEST, PATCHES = 1000, 256  # of a mix; of the longest image of which only their number is known
 Named = tuple[str, tuple[int, ...]]
+# Of towers on grids that merge nothing by an operation: taps of a row's position, whether Q and K are rotated; by model_type
+GRIDDED = {
+    "paddleocr_vl_vision": (4, True),
+    "kimi_k25_vision": (1, True),
+    "video_llama_3_vision": (1, True),
+    "cosmos3_edge_vision": (1, False),
+}
 
 
 class Mix(NamedTuple):
@@ -73,7 +80,8 @@ def cases_of(config: PretrainedConfig, tokens: int, dtype: torch.dtype, batch_si
 
 
 def takes_any_size(config: PretrainedConfig) -> bool:
-    return isinstance(config, Siglip2VisionConfig) or hasattr(config, "spatial_merge_size")
+    is_gridded = config.model_type in GRIDDED or hasattr(config, "spatial_merge_size")
+    return is_gridded or isinstance(config, Siglip2VisionConfig)
 
 
 def usual_tokens(config: PretrainedConfig) -> int:
@@ -85,7 +93,10 @@ def usual_tokens(config: PretrainedConfig) -> int:
 
 def cases(config: PretrainedConfig, dtype: torch.dtype, rows: int) -> list[Case]:
     """The operations of a forward of a mix of so many rows."""
-    groups = _merging(config, rows) if hasattr(config, "spatial_merge_size") else _naflex(config, rows)
+    if config.model_type in GRIDDED:
+        groups = {rows: _gridded(config)}
+    else:
+        groups = _merging(config, rows) if hasattr(config, "spatial_merge_size") else _naflex(config, rows)
     return [Case(Operation(name, dims, dtype), count) for count, named in groups.items() for name, dims in named]
 
 
@@ -119,6 +130,13 @@ def _merging(config: PretrainedConfig, rows: int) -> dict[int, list[Named]]:
     if getattr(config, "deepstack_visual_indexes", None):
         of_merged.append(("layernorm_linear", (wide, wide, ERF, merged, 0)))
     return {merged * (rows // merged): of_rows, rows // merged: of_merged}
+
+
+def _gridded(config: PretrainedConfig) -> list[Named]:
+    D, F, H, p = config.hidden_size, config.intermediate_size, config.num_attention_heads, config.patch_size
+    taps, rotates = GRIDDED[config.model_type]
+    layers = _layers(D, F, H, rotation=(1, D // H) if rotates else ())
+    return [("patch_embed_rows", (D, getattr(config, "num_channels", 3) * p * p, taps)), *layers, ("layernorm", (D,))]
 
 
 def inputs(case: Case, device: torch.device) -> tuple:

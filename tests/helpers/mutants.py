@@ -243,6 +243,78 @@ _PACKED = {
     ),
 }
 
+# Towers that take pixels and grids: file in siglip_fast/, old, new, tests in tests/models/.
+_GRIDDED = {
+    "frames-joined": ("models/gridded.py", "if self.joins_frames", "if True", "paddleocr_vl.py -k see_each_other"),
+    "axes-swapped": (
+        "models/gridded.py",
+        "on_device = rotary and upload.add(place)",
+        "on_device = rotary and upload.add(place[:, ::-1])",
+        "paddleocr_vl.py -k 'odd_grids and fp32'",
+    ),
+    "last-state-untied": (
+        "models/gridded.py",
+        "if self.ties_hidden_states and",
+        "if False and",
+        "gridded.py -k 'forms_of_the_output and kimi'",
+    ),
+    "dtypes-mixed": ("models/gridded.py", "if not self.casts and", "if False and", "kimi_k25.py -k not_cast"),
+    "paddle-corners": (
+        "models/paddleocr_vl.py",
+        "math.isqrt(len(learned)), align_corners,",
+        "math.isqrt(len(learned)), not align_corners,",
+        "paddleocr_vl.py -k 'odd_grids and fp32'",
+    ),
+    "kimi-frames-apart": (
+        "models/kimi_k25.py",
+        "joins_frames = True",
+        "joins_frames = False",
+        "kimi_k25.py -k see_each_other",
+    ),
+    "kimi-width-first": (
+        "models/kimi_k25.py",
+        ".flip(3)",
+        "",
+        "gridded.py -k 'accuracy and fp32-videos and kimi and torch'",
+    ),
+    "kimi-rows-of-one-image": (
+        "models/kimi_k25.py",
+        "ranges(offsets, np.prod(grids, axis=1))",
+        "ranges(offsets * 0, np.prod(grids, axis=1))",
+        "gridded.py -k 'accuracy and fp32-images and kimi and torch'",
+    ),
+    "kimi-first-frame-only": (
+        "running/grids.py",
+        "h * w * np.arange(t)",
+        "0 * np.arange(t)",
+        "gridded.py -k 'accuracy and fp32-videos and kimi and torch'",
+    ),
+    "video-llama-corner-of-the-square": (
+        "models/video_llama_3.py",
+        "middle - 1 : middle + 1, middle - 1 : middle + 1",
+        "0:2, 0:2",
+        "video_llama_3.py -k 'merge_sizes and fp32'",
+    ),
+    "video-llama-raster": (
+        "models/video_llama_3.py",
+        "return [merge for *_, merge in grids]",
+        "return [1 for *_, merge in grids]",
+        "video_llama_3.py -k 'merge_sizes and fp32'",
+    ),
+    "cosmos-frames-behind-each-other": (
+        "models/cosmos3_edge.py",
+        "np.repeat(offsets, [t for t, _, _ in grids])",
+        "np.resize(offsets, sum(t for t, _, _ in grids))",
+        "gridded.py -k 'accuracy and fp32-videos and cosmos3 and torch'",
+    ),
+    "cosmos-merge-size-of-before": (
+        "models/cosmos3_edge.py",
+        "sizes = [(h, w, self._side) for",
+        "sizes = [(h, w, 2) for",
+        "cosmos3_edge.py -k merge_size_of_the_config",
+    ),
+}
+
 _GRAPHS = "tests/running/test_packed_graphs.py -k"
 _CAPTURED = {
     "of-a-larger-call-before": ("own[len(given) :].zero_()", "own[len(given) :]", "naflex_calls"),
@@ -798,6 +870,10 @@ MUTANTS = {
             "siglip_fast/running/packed_graphs.py", old, new, f"{_GRAPHS} {tests}", interpreted=True
         )
         for name, (old, new, tests) in _CAPTURED.items()
+    },
+    **{
+        f"gridded-{name}": Mutant(f"siglip_fast/{file}", old, new, f"tests/models/test_{tests}", interpreted=True)
+        for name, (file, old, new, tests) in _GRIDDED.items()
     },
     # The mode is asked for, and configurations depend on the number of rows all the same.
     **{

@@ -292,20 +292,68 @@ QWEN3_VL_VISION = {"depth": 2, "hidden_size": 64, "intermediate_size": 100, "num
 QWEN3_VL_VISION |= {"patch_size": 8, "num_position_embeddings": 36, "deepstack_visual_indexes": [0, 1]}
 
 
-@zoo
-def qwen3_vl():
-    """Two images, of 4 × 4 and of 2 × 6 patches, in one prompt."""
-    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3], "mrope_interleaved": True}
-    text = TEXT | {"rope_parameters": rope, "rope_scaling": rope}  # the latter until transformers 5
-    tokens = {"image_token_id": IMAGE, "video_token_id": 62, "vision_start_token_id": 60, "vision_end_token_id": 61}
-    values = {"text_config": text, "vision_config": QWEN3_VL_VISION, **tokens}
-    model = make("Qwen3VLForConditionalGeneration", "Qwen3VLConfig", **values)
+MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
+TOKENS = {"image_token_id": IMAGE, "video_token_id": 62, "vision_start_token_id": 60, "vision_end_token_id": 61}
+
+
+def gridded(model: PreTrainedModel, *row: int) -> tuple[PreTrainedModel, Inputs]:
+    """And two images, of 4 × 4 and of 2 × 6 patches, in one prompt; a token is what four patches make."""
     ids = torch.tensor([[1, 60, *[IMAGE] * 4, 61, 5, 60, *[IMAGE] * 3, 61, 6]])
-    pixel_rows = torch.randn(28, 3 * 2 * 8 * 8, generator=torch.Generator().manual_seed(1))
-    inputs = {"input_ids": ids, "pixel_values": pixel_rows, "image_grid_thw": torch.tensor([[1, 4, 4], [1, 2, 6]])}
+    pixel_values = torch.randn(28, *row, generator=torch.Generator().manual_seed(1))
+    inputs = {"input_ids": ids, "pixel_values": pixel_values, "image_grid_thw": torch.tensor([[1, 4, 4], [1, 2, 6]])}
     if "mm_token_type_ids" in inspect.signature(model.forward).parameters:
         inputs["mm_token_type_ids"] = (ids == IMAGE).int()
     return model, inputs
+
+
+@zoo
+def qwen3_vl():
+    rope = MROPE | {"mrope_interleaved": True}
+    text = TEXT | {"rope_parameters": rope, "rope_scaling": rope}  # the latter until transformers 5
+    values = {"text_config": text, "vision_config": QWEN3_VL_VISION, **TOKENS}
+    return gridded(make("Qwen3VLForConditionalGeneration", "Qwen3VLConfig", **values), 3 * 2 * 8 * 8)
+
+
+@zoo
+def cosmos3_omni():
+    text = {"model_type": "qwen3_vl_text", **TEXT, "rope_parameters": MROPE | {"mrope_interleaved": True}}
+    vision = {"model_type": "qwen3_vl_vision", **QWEN3_VL_VISION}
+    return gridded(vlm("Cosmos3Omni", text="", text_config=text, vision_config=vision, **TOKENS), 3 * 2 * 8 * 8)
+
+
+@zoo
+def cosmos3_edge():
+    text = {"model_type": "cosmos3_edge_text", **TEXT, "rope_parameters": MROPE}
+    vision = {"model_type": "cosmos3_edge_vision", **SIGLIP2_VISION}
+    values = {"text_config": text, "vision_config": vision, "projector_hidden_size": 48, **TOKENS}
+    return gridded(vlm("Cosmos3Edge", text="", **values), 3 * 8 * 8)
+
+
+@zoo
+def paddleocr_vl():
+    text = {"model_type": "paddleocr_vl_text", **TEXT, "rope_parameters": MROPE}
+    vision = {"model_type": "paddleocr_vl_vision", **SIZE, **PATCHES}
+    return gridded(vlm("PaddleOCRVL", text="", text_config=text, vision_config=vision, **TOKENS), 3, 8, 8)
+
+
+@zoo
+def kimi_k25():
+    vision = {"model_type": "kimi_k25_vision", **SIZE, "patch_size": 8, "pos_emb_height": 6, "pos_emb_width": 6}
+    text = {"model_type": "deepseek_v3", **TEXT, "moe_intermediate_size": 16, "n_routed_experts": 4, "n_group": 1}
+    text |= {"topk_group": 1, "num_experts_per_tok": 2, "n_shared_experts": 1, "first_k_dense_replace": 1}
+    text |= {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
+    text |= {"num_key_value_heads": 2, "head_dim": 8}
+    values = {"text_config": text, "vision_config": vision, "projection_hidden_size": 64, **TOKENS}
+    return gridded(vlm("Kimi_K25", text="", **values), 3, 8, 8)
+
+
+@zoo
+def video_llama_3():
+    """One image of whose merge size 2 is, of the other 1."""
+    vision = {"model_type": "video_llama_3_vision", **SIZE, "patch_size": 8}
+    model, inputs = gridded(vlm("VideoLlama3", text="qwen2", vision_config=vision, **TOKENS), 3 * 8 * 8)
+    sizes = {"image_grid_thw": torch.tensor([[1, 4, 4], [1, 1, 3]]), "image_merge_sizes": torch.tensor([2, 1])}
+    return model, {**inputs, **sizes, "pixel_values": inputs["pixel_values"][:19]}
 
 
 # SigLIP's layers under other names, with embeddings for images of any shape

@@ -288,7 +288,7 @@ class TestCompiled:
         for grids in ("many", "videos", "uneven", "equal"):  # of three first torch would take [3, 3] for a square
             assert_accurate_outputs(compiled(*inputs(GRIDS[grids])), *judged(stock, *inputs(GRIDS[grids])))
         assert graphs.frame_count == 1
-        assert any("merging_tower" in str(node.target) for node in graphs.graphs[0].graph.nodes)
+        assert any("gridded_tower" in str(node.target) for node in graphs.graphs[0].graph.nodes)
 
     @torch.no_grad()
     def test_by_inductor(self):

@@ -4,6 +4,7 @@ import pytest
 import torch
 import zoo
 from device import DEVICE
+from gridded_towers import FAMILIES, INSTALLED, tower
 from models import drop_in, stock_model
 from packed_towers import naflex_inputs, qwen3_vl_inputs, qwen3_vl_tower
 from transformers import Siglip2VisionConfig
@@ -19,7 +20,9 @@ from siglip_fast.tuning.verify import Verifier
 
 NAFLEX = Siglip2VisionConfig(**zoo.SIGLIP2_VISION)
 QWEN = qwen3_vl_tower().config
+GRIDDED = {family: tower(family).config for family in INSTALLED}
 CONFIGS = pytest.mark.parametrize("config", [NAFLEX, QWEN], ids=["naflex", "qwen3_vl"])
+ALL = pytest.mark.parametrize("config", [NAFLEX, QWEN, *GRIDDED.values()], ids=["naflex", "qwen3_vl", *GRIDDED])
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 17, 282, 283, 1000, 16384])
@@ -35,12 +38,16 @@ def forward(config):
     if config is NAFLEX:
         model = drop_in(stock_model(config, "sdpa", "Siglip2VisionModel"), backend="triton", strict=True).to(DEVICE)
         return model, {k: v.to(DEVICE) for k, v in naflex_inputs([(3, 5), (4, 4)], 16).items()}
+    for family, own in GRIDDED.items():
+        if config is own:
+            model = siglip_fast.apply_to(tower(family).to(DEVICE), backend="triton", strict=True)
+            return model, {k: v.to(DEVICE) for k, v in FAMILIES[family].call([(1, 4, 4), (1, 2, 6)]).items()}
     model = siglip_fast.apply_to(qwen3_vl_tower().to(DEVICE), backend="triton", strict=True)
     rows, grid_thw = qwen3_vl_inputs([(1, 4, 4), (1, 2, 6)])
     return model, {"hidden_states": rows.to(DEVICE), "grid_thw": grid_thw}
 
 
-@CONFIGS
+@ALL
 @torch.no_grad()
 def test_they_are_those_of_a_forward(config, monkeypatch):
     """By name, shape and dtype, or what was tuned would not be found."""

@@ -1,0 +1,92 @@
+"""Cosmos3 Edge's vision tower: SigLIP 2's weights, names and position resize, on packed images and videos.
+
+Rows come square by square of merge size by merge size patches. One frame is one segment of attention. Its projector is
+outside of it. (Cosmos3 Omni's tower is Qwen3-VL's own class.)
+"""
+
+import types
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from ..forward import PackedOutputs
+from ..ops import Position
+from ..running.grids import Grid, frames
+from ..running.packing import Upload, ranges
+from .anatomy import of_layers, siglip_view
+from .gridded import Gridded, fast_class, output_of, when_asked, whole_squares
+from .resized import ResizedPositions
+from .weights import Derived
+
+MODULES = {"Cosmos3EdgeVisionModel": "cosmos3_edge"}
+
+
+class Cosmos3EdgeTower(Gridded):
+    has_own_positions = True
+    pools: bool  # whether the pooler's output is the last hidden state
+
+    def forward(
+        self, pixel_values: Tensor, grid_thw: Tensor, **kwargs: Any
+    ) -> BaseModelOutputWithPooling | tuple[Tensor, ...]:
+        """`pixel_values [M, K]`, the pixels of the M patches of all images and videos, and `grid_thw` int64 `[B, 3]`, frames,
+        height and width of each in patches → `last_hidden_state [M, D]`, and the same as `pooler_output` where stock's has
+        it; the rest is as of `siglip_fast.models.qwen3_vl.Qwen3VLTower.forward`."""
+        return self._forward(pixel_values, grid_thw, **kwargs)
+
+    @property
+    def _side(self) -> int:
+        return self.embeddings.config.spatial_merge_size  # what stock goes by
+
+    def _merges(self, grids: Sequence[Grid]) -> int:
+        return self._side
+
+    def _grids_reason(self, grids: Sequence[Grid]) -> str | None:
+        return None if whole_squares(grids, self._side) else f"the sides of grid_thw are no multiples of {self._side}"
+
+    def _position(
+        self, derived: Derived, grids: list[Grid], place: np.ndarray, upload: Upload
+    ) -> Callable[[], Position]:
+        sizes = [(h, w, self._side) for _, h, w in grids]
+        table, offsets = derived.kept(_Positions, self.embeddings).of(sizes)
+        of_frames = np.repeat(offsets, [t for t, _, _ in grids])
+        index = upload.add(ranges(of_frames, frames(grids))[:, None])
+        return lambda: Position(table, index())
+
+    def _made(self, outputs: PackedOutputs) -> BaseModelOutputWithPooling:
+        last = outputs.last_hidden_state
+        return BaseModelOutputWithPooling(last_hidden_state=last, pooler_output=last if self.pools else None)
+
+    @property
+    def example_side(self) -> int:
+        return self._side
+
+
+class _Positions(ResizedPositions):
+    def _rows(self, height: int, width: int, side: int) -> int:
+        return height * width
+
+    def _resized(self, sizes: list[tuple[int, int, int]]) -> Iterator[Tensor]:
+        """By stock's own code."""
+        embeddings = self._embeddings
+        side_of_table = embeddings.position_embedding_size
+        table = embeddings.position_embedding.weight.detach().view(side_of_table, side_of_table, -1)
+        for height, width, side in sizes:
+            grid = torch.tensor([[1, height, width]], device="cpu")  # whose numbers are read
+            yield type(embeddings).resize_positional_embeddings(table, grid, side)
+
+
+def _fast(home: types.ModuleType, stock: type[nn.Module]) -> type[nn.Module]:
+    anatomy = of_layers(
+        stock,
+        lambda tower: siglip_view(tower, rotates=False),
+        patch_at=("embeddings", "patch_embedding"),
+        rotates=False,
+    )
+    return fast_class(Cosmos3EdgeTower, stock, anatomy=anatomy, pools=output_of(stock)[1])
+
+
+__getattr__ = when_asked(globals(), MODULES, _fast)
