@@ -38,9 +38,8 @@ def of_transformers(home: types.ModuleType, prefix: str, tower_class: type | Non
 
     `tower_class` is the tower's own where it is a module inside of the fast model.
     """
-    embeddings = getattr(home, f"{prefix}VisionEmbeddings")
-    encoder, layer = getattr(home, f"{prefix}Encoder"), getattr(home, f"{prefix}EncoderLayer")
-    head = getattr(home, f"{prefix}MultiheadAttentionPoolingHead", None)
+    embeddings, encoder, layer = (_part(home, prefix, name) for name in ("Embeddings", "Encoder", "EncoderLayer"))
+    head = _part(home, prefix, "MultiheadAttentionPoolingHead")
 
     def check(tower: nn.Module) -> None:
         config = tower.config
@@ -56,7 +55,7 @@ def of_transformers(home: types.ModuleType, prefix: str, tower_class: type | Non
             for i, own in enumerate(tower.encoder.layers):
                 compare(f"encoder.layers.{i}", own, fresh)
             compare("post_layernorm", tower.post_layernorm, nn.LayerNorm(config.hidden_size))
-            if getattr(tower, "use_head", False):
+            if has_head(tower):
                 compare("head", tower.head, head(config))
         if tower_class is not None:
             compare_class("vision_model", tower, tower_class)
@@ -69,6 +68,15 @@ def of_transformers(home: types.ModuleType, prefix: str, tower_class: type | Non
         patch_embedding=lambda tower: descendant(tower, "embeddings", "patch_embedding"),
         watched=("use_head", "config"),
     )
+
+
+def _part(home: types.ModuleType, prefix: str, name: str) -> type[nn.Module] | None:
+    return getattr(home, f"{prefix}Vision{name}", None) or getattr(home, f"{prefix}{name}", None)
+
+
+def has_head(tower: Any) -> bool:
+    """Whether stock's forward of the tower pools: by its setting, where it has one."""
+    return getattr(tower, "use_head", hasattr(tower, "head"))
 
 
 def descendant(module: nn.Module | None, *names: str) -> nn.Module | None:

@@ -2,6 +2,8 @@
 
 import copy
 import threading
+import types
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -13,10 +15,12 @@ MOST_ROWS = 1 << 16  # that are kept: 150 MB of 1152 channels in bf16
 
 
 class ResizedPositions:
-    """Of transformers' SigLIP 2 embeddings."""
+    """Of `embeddings`, transformers'; `resize(embeddings, height, width)` gives what they add to an image of so many patches,
+    `[height·width, D]`."""
 
-    def __init__(self, embeddings: nn.Module):
+    def __init__(self, embeddings: nn.Module, resize: Callable[[nn.Module, int, int], Tensor]):
         self._embeddings = embeddings
+        self._resize = resize
         self._lock = threading.Lock()
         self._forget()
 
@@ -42,7 +46,7 @@ class ResizedPositions:
         with torch.inference_mode(False), torch.no_grad():
             for height, width in shapes:
                 self._offsets[height, width] = sum(map(len, tables))
-                tables.append(_resized(self._embeddings, height, width))
+                tables.append(self._resize(self._embeddings, height, width))
             self._table = torch.cat(tables)
         finish(self._table)
 
@@ -58,10 +62,25 @@ class _Nothing(nn.Module):
         return self.weight.new_zeros(*pixel_values.shape[:2], len(self.weight))
 
 
-def _resized(embeddings: nn.Module, height: int, width: int) -> Tensor:
-    """What stock adds to the patches of such an image, `[height·width, D]`: its own code, on patches that are zero."""
+def antialiased(embeddings: nn.Module, height: int, width: int) -> Tensor:
+    """What SigLIP 2's add, `[height·width, D]`: their own code, on patches that are zero."""
     alone = copy.copy(embeddings)
     weight = embeddings.patch_embedding.weight.detach()
     alone.__dict__["_modules"] = {**embeddings._modules, "patch_embedding": _Nothing(weight)}
     shapes = torch.tensor([[height, width]], device=weight.device)
     return type(embeddings).forward(alone, weight.new_zeros(1, height * width, weight.shape[1]), shapes)[0]
+
+
+def nearest(embeddings: nn.Module, height: int, width: int) -> Tensor:
+    """What those of Idefics and its kin add, `[height·width, D]`: their own code, on patches that are zero. It rounds the
+    fractions of an image's sides in ways that differ from one version of transformers to the next."""
+    weight, p = embeddings.position_embedding.weight, embeddings.patch_size
+    stand_in = types.SimpleNamespace(
+        patch_size=p,
+        num_patches_per_side=embeddings.num_patches_per_side,
+        patch_embedding=lambda pixels: weight.new_zeros(1, weight.shape[1], height, width),
+        position_embedding=embeddings.position_embedding,
+    )
+    pixels = weight.new_zeros(()).expand(1, 1, height * p, width * p)
+    mask = torch.ones(1, height, width, dtype=torch.bool, device=weight.device)
+    return type(embeddings).forward(stand_in, pixels, mask)[0]

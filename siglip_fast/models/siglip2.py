@@ -27,7 +27,7 @@ from .base import Built
 from .captured_packed import CapturedPacked
 from .outputs import in_asked_form
 from .packed import joined, together
-from .resized import ResizedPositions
+from .resized import ResizedPositions, antialiased
 from .traced import Traced
 from .weights import Derived
 
@@ -183,7 +183,7 @@ class Siglip2Tower(Traced, CapturedPacked):
         first = np.empty_like(lengths)
         first[order] = np.cumsum(queries[order]) - queries[order]
         upload = Upload()
-        positions = derived.kept(ResizedPositions, self._tower.embeddings)
+        positions = derived.kept(ResizedPositions, self._tower.embeddings, antialiased)
         table, offsets = positions.of(sizes.shapes)
         index = ranges(offsets[order], queries[order])
         padding = (first + lengths)[is_padded]

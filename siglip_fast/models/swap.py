@@ -26,8 +26,10 @@ _FAST = {
     "transformers.models.siglip.modeling_siglip.SiglipVisionTransformer": "siglip",  # until transformers 5.6
     "transformers.models.siglip2.modeling_siglip2.Siglip2VisionModel": "siglip2",
     "transformers.models.siglip2.modeling_siglip2.Siglip2VisionTransformer": "siglip2",  # until transformers 5.6
+    "transformers.models.idefics2.modeling_idefics2.Idefics2VisionTransformer": "idefics",
     "transformers.models.idefics3.modeling_idefics3.Idefics3VisionTransformer": "idefics",
     "transformers.models.smolvlm.modeling_smolvlm.SmolVLMVisionTransformer": "idefics",
+    "transformers.models.phi4_multimodal.modeling_phi4_multimodal.Phi4MultimodalVisionModel": "phi4",
     "timm.models.vision_transformer.VisionTransformer": "timm",
     "transformers.models.qwen3_vl.modeling_qwen3_vl.Qwen3VLVisionModel": "qwen3_vl",
     "transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe.Qwen3VLMoeVisionModel": "qwen3_vl",
@@ -37,10 +39,16 @@ _FAST = {
     "transformers.models.cohere_compass.modeling_cohere_compass.CohereCompassVisionModel": "qwen3_vl",
     "transformers.models.qwen3_omni_moe.modeling_qwen3_omni_moe.Qwen3OmniMoeVisionEncoder": "qwen3_vl",
 }
-_NOT_YET = "the same layers as SigLIP's, but not supported yet"
-_LEFT_ALONE = {
-    "transformers.models.idefics2.modeling_idefics2.Idefics2VisionTransformer": _NOT_YET,
-    "transformers.models.phi4_multimodal.modeling_phi4_multimodal.Phi4MultimodalVisionModel": _NOT_YET,
+_GATED = "its layers are not SigLIP's: RMSNorm and a gated MLP"
+_LEFT_ALONE = {  # stock class → why
+    "transformers.models.aimv2.modeling_aimv2.Aimv2VisionModel": _GATED,
+    "transformers.models.gemma4.modeling_gemma4.Gemma4VisionModel": _GATED,
+    "transformers.models.glm4v.modeling_glm4v.Glm4vVisionModel": _GATED,
+    "transformers.models.glm4v_moe.modeling_glm4v_moe.Glm4vMoeVisionModel": _GATED,
+    "transformers.models.glm_ocr.modeling_glm_ocr.GlmOcrVisionModel": _GATED,
+    "transformers.models.ovis2.modeling_ovis2.Ovis2VisionModel": _GATED,
+    "transformers.models.qwen2_5_omni.modeling_qwen2_5_omni.Qwen2_5OmniVisionEncoder": _GATED,
+    "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl.Qwen2_5_VisionTransformerPretrainedModel": _GATED,
 }
 
 
@@ -119,27 +127,26 @@ def register() -> None:
     """From now on, transformers builds fast towers where it looks a tower's class up.
 
     That is `AutoModel.from_config` with a SiglipVisionConfig or Siglip2VisionConfig, by which PaliGemma, Gemma 3, the LLaVAs,
-    LFM2-VL and others build theirs, or with that of a tower like Qwen3-VL's (transformers ≥ 5.6); and, by its own patch mapping (≥ 5.3),
+    LFM2-VL and others build theirs, with Idefics3's, by which Aria does, or with that of a tower like Qwen3-VL's (transformers
+    ≥ 5.6); and, by its own patch mapping (≥ 5.3),
     `from_pretrained` and `from_config` of models that name the class, such as SiglipModel (≥ 5.6) and Qwen3-VL's and
     Qwen3-Omni's (before). Models built before, or by calling a class, stay as they are.
 
     The patch mapping knows names only: remote code's own class called SiglipVisionModel is replaced, too. And it puts
     classes into transformers' modules while a model is built, so models should be built one after the other.
     """
-    from . import qwen3_vl
-    from .idefics import Idefics3VisionTransformer, SmolVLMVisionTransformer
+    from . import idefics, phi4, qwen3_vl
     from .siglip import SiglipVisionModel
     from .siglip2 import Siglip2VisionModel
 
-    by_auto_model = (SiglipVisionModel, Siglip2VisionModel, *qwen3_vl.installed())
+    fast = (SiglipVisionModel, Siglip2VisionModel, *qwen3_vl.installed(), *idefics.installed(), *phi4.installed())
     # Anchored, because the names are taken for patterns: SiglipVisionModelOutput begins so, too.
-    fast = (*by_auto_model, Idefics3VisionTransformer, SmolVLMVisionTransformer)
     patches = {f"^{cls.__name__}$": cls for cls in fast}
     with _lock:
         unregister()
         patching = _monkey_patching()
         by_config = AutoModel._model_mapping._extra_content
-        for ours in by_auto_model:
+        for ours in fast:
             if ours.config_class in AutoModel._model_mapping:
                 before = by_config.get(ours.config_class)
                 AutoModel.register(ours.config_class, ours, exist_ok=True)

@@ -308,6 +308,21 @@ def qwen3_vl():
     return model, inputs
 
 
+@zoo
+def qwen2_5_vl():
+    """Beside Qwen3-VL, with layers of another kind."""
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
+    text = TEXT | {"rope_parameters": rope, "rope_scaling": rope}
+    vision = {"depth": 2, "hidden_size": 64, "intermediate_size": 100, "num_heads": 4, "out_hidden_size": 32}
+    vision |= {"patch_size": 8, "window_size": 32, "fullatt_block_indexes": [1]}
+    tokens = {"image_token_id": IMAGE, "video_token_id": 62, "vision_start_token_id": 60, "vision_end_token_id": 61}
+    model = make(
+        "Qwen2_5_VLForConditionalGeneration", "Qwen2_5_VLConfig", text_config=text, vision_config=vision, **tokens
+    )
+    inputs = qwen3_vl()[1]
+    return model, inputs
+
+
 # SigLIP's layers under other names, with embeddings for images of any shape
 
 
@@ -332,13 +347,66 @@ def smolvlm():
     return vlm("SmolVLM", text="llama", **values), {**prompt(4), "pixel_values": pixels(2, 1)}
 
 
-@zoo
-def smolvlm_padded():
-    """An image smaller than the batch: the tower gets a mask with holes."""
-    model, inputs = smolvlm()
+def padded(model: PreTrainedModel, inputs: Inputs) -> tuple[PreTrainedModel, Inputs]:
+    """The second image is smaller than the batch: the tower gets a mask."""
     mask = torch.ones(2, 1, 32, 32, dtype=torch.bool)
     mask[1, :, :, 16:] = False
     return model, {**inputs, "pixel_attention_mask": mask}
+
+
+@zoo
+def idefics2_padded():
+    return padded(*idefics2())
+
+
+@zoo
+def idefics3_padded():
+    return padded(*idefics3())
+
+
+@zoo
+def smolvlm_padded():
+    return padded(*smolvlm())
+
+
+@zoo
+def aria():
+    """Idefics3's tower; reads its states before the last layer."""
+    text = {"model_type": "aria_text", **TEXT, "moe_num_experts": 2, "moe_topk": 1, "moe_num_shared_experts": 1}
+    vision = {"model_type": "idefics3_vision", **SIZE, **PATCHES}
+    values = {"vision_config": vision, "text_config": text, "image_token_index": IMAGE, "vision_feature_layer": -2}
+    model = vlm("Aria", text="aria_text", **values, projector_patch_to_query_dict={16: 4})
+    return model, {**prompt(4), "pixel_values": pixels(2)}
+
+
+@zoo
+def aria_padded():
+    model, inputs = padded(*aria())
+    mask = inputs.pop("pixel_attention_mask")
+    return model, {**inputs, "pixel_mask": mask[:, 0]}
+
+
+@zoo
+def phi4_multimodal():
+    """A crop and the whole image, both for the causal attention that stock has where nothing is padded."""
+    vision = {**SIZE, "image_size": 32, "crop_size": 32, "patch_size": 8, "image_token_id": IMAGE, "feature_layer": -2}
+    audio = {"hidden_size": 16, "intermediate_size": 16, "num_blocks": 1, "num_attention_heads": 2, "input_size": 16}
+    audio |= dict.fromkeys(("nemo_conv_channels", "ext_pw_out_channel", "depthwise_separable_out_channel"), 16)
+    values = {**TEXT, "vision_config": vision, "audio_config": audio | {"audio_token_id": 62}}
+    del values["head_dim"]
+    model = make("Phi4MultimodalForCausalLM", "Phi4MultimodalConfig", **values)
+    mask = torch.ones(2, 2, 4, 4)
+    sizes = {"image_sizes": torch.tensor([[32, 32]] * 2), "image_attention_mask": mask}
+    return model, {**prompt(13), "image_pixel_values": pixels(2, 2), **sizes}
+
+
+@zoo
+def phi4_multimodal_padded():
+    """The second image is half as wide as its crop."""
+    model, inputs = phi4_multimodal()
+    inputs["image_attention_mask"][1, 1, :, 2:] = 0
+    inputs["input_ids"][1, 12:14] = 5  # which takes two tokens less
+    return model, inputs
 
 
 def quick(names: Iterable[str]) -> list:
