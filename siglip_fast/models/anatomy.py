@@ -3,6 +3,7 @@
 The measure is a fresh module of the tower's own config: every class, setting, shape and callable has to equal its.
 """
 
+import copy
 import functools
 import types
 from collections.abc import Callable, Sequence
@@ -10,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 from transformers.activations import ACT2FN
 
 from ..ops import DTYPES
@@ -44,16 +46,11 @@ def of_transformers(home: types.ModuleType, prefix: str, tower_class: type | Non
     def check(tower: nn.Module) -> None:
         config = tower.config
         compare_class("encoder", tower.encoder, encoder)
-        if not len(tower.encoder.layers):
-            raise Unsupported("there are no layers")
         with torch.device("meta"):
             compare("embeddings", tower.embeddings, embeddings(config))
-            fresh = layer(config)
-            if type(fresh.mlp.activation_fn) is not type(ACT2FN["gelu_pytorch_tanh"]):
-                raise Unsupported(f"hidden_act is {config.hidden_act!r}, not 'gelu_pytorch_tanh'")
-            check_head_dim(fresh.self_attn.head_dim)
-            for i, own in enumerate(tower.encoder.layers):
-                compare(f"encoder.layers.{i}", own, fresh)
+            expected = layer(config)
+            check_layers("encoder.layers", tower.encoder.layers, expected)
+            check_head_dim(expected.self_attn.head_dim)
             compare("post_layernorm", tower.post_layernorm, nn.LayerNorm(config.hidden_size))
             if has_head(tower):
                 compare("head", tower.head, head(config))
@@ -84,6 +81,27 @@ def descendant(module: nn.Module | None, *names: str) -> nn.Module | None:
     for name in names:
         module = None if module is None else module._modules.get(name)
     return module
+
+
+def fresh(stock: type[nn.Module], config: PretrainedConfig, depth: str) -> nn.Module:
+    """A tower of one layer, which is what the config calls its number of layers set to 1, on the meta device."""
+    config = copy.deepcopy(config)
+    setattr(config, depth, 1)
+    config._attn_implementation = "sdpa"  # whatever else was asked for need not be installed for this
+    with torch.device("meta"):
+        return stock(config)
+
+
+def check_layers(name: str, layers: nn.Module, expected: nn.Module) -> None:
+    """Raise Unsupported unless `layers` are some such as `expected`, with tanh's GELU."""
+    compare_class(name, layers, nn.ModuleList)
+    if not len(layers):
+        raise Unsupported("there are no layers")
+    activation = expected.mlp.activation_fn
+    if type(activation) is not type(ACT2FN["gelu_pytorch_tanh"]):
+        raise Unsupported(f"hidden_act is {expected.mlp.config.hidden_act!r}, not 'gelu_pytorch_tanh'")
+    for i, own in enumerate(layers):
+        compare(f"{name}.{i}", own, expected)
 
 
 def check_head_dim(head_dim: int) -> None:

@@ -30,6 +30,8 @@ _FAST = {
     "transformers.models.idefics3.modeling_idefics3.Idefics3VisionTransformer": "idefics",
     "transformers.models.smolvlm.modeling_smolvlm.SmolVLMVisionTransformer": "idefics",
     "transformers.models.phi4_multimodal.modeling_phi4_multimodal.Phi4MultimodalVisionModel": "phi4",
+    "transformers.models.granite_docling.modeling_granite_docling.GraniteDoclingVisionModel": "granite_docling",
+    "transformers.models.molmo2.modeling_molmo2.Molmo2VisionModel": "molmo2",
     "timm.models.vision_transformer.VisionTransformer": "timm",
     "transformers.models.qwen3_vl.modeling_qwen3_vl.Qwen3VLVisionModel": "qwen3_vl",
     "transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe.Qwen3VLMoeVisionModel": "qwen3_vl",
@@ -135,11 +137,12 @@ def register() -> None:
     The patch mapping knows names only: remote code's own class called SiglipVisionModel is replaced, too. And it puts
     classes into transformers' modules while a model is built, so models should be built one after the other.
     """
-    from . import idefics, phi4, qwen3_vl
+    from . import granite_docling, idefics, molmo2, phi4, qwen3_vl
     from .siglip import SiglipVisionModel
     from .siglip2 import Siglip2VisionModel
 
-    fast = (SiglipVisionModel, Siglip2VisionModel, *qwen3_vl.installed(), *idefics.installed(), *phi4.installed())
+    families = (qwen3_vl, idefics, phi4, molmo2, granite_docling)
+    fast = [SiglipVisionModel, Siglip2VisionModel, *(cls for family in families for cls in family.installed())]
     # Anchored, because the names are taken for patterns: SiglipVisionModelOutput begins so, too.
     patches = {f"^{cls.__name__}$": cls for cls in fast}
     with _lock:
