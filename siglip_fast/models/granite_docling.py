@@ -51,7 +51,9 @@ class GraniteDoclingTower(Built, Sized):
                 pooled, features = self.connector(hidden, taps, fine=fine)
                 output = self.output_class(hidden, pooled, deepstack_features=features)
                 if kept:
-                    output["hidden_states"] = tuple(kept.kept)  # behind all others in the tuple form, as stock adds them
+                    output["hidden_states"] = tuple(
+                        kept.kept
+                    )  # behind all others in the tuple form, as stock adds them
                 return in_asked_form(output, self.config, kwargs)
             self._delegate(reason)
         return super().forward(pixel_values, fine=fine, **kwargs)
@@ -77,7 +79,9 @@ class GraniteDoclingTower(Built, Sized):
         # What is wrong with these stock's code is to say.
         weight, size = self._patch_weight(), self.config.image_size
         if pixel_values.shape[1:] != (weight.shape[1], size, size) or not pixel_values.is_floating_point():
-            return f"pixel_values are {pixel_values.dtype}, {list(pixel_values.shape)}, not tiles of {size} pixels a side"
+            return (
+                f"pixel_values are {pixel_values.dtype}, {list(pixel_values.shape)}, not tiles of {size} pixels a side"
+            )
         return None
 
     def _request_reasons(self, **kwargs) -> Iterator[str]:
@@ -85,9 +89,7 @@ class GraniteDoclingTower(Built, Sized):
             yield "torch.compile traces"
         yield from self._setting_reasons(kwargs)
 
-    def _encode(
-        self, derived: Derived, pixel_values: Tensor, kept: HiddenStates | None
-    ) -> tuple[Tensor, list[Tensor]]:
+    def _encode(self, derived: Derived, pixel_values: Tensor, kept: HiddenStates | None) -> tuple[Tensor, list[Tensor]]:
         layers = self.config.num_hidden_layers
         taps = HiddenStates([i + 1 for i in self.config.deepstack_visual_indexes if i >= 0], layers + 1)
 

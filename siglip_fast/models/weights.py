@@ -176,6 +176,7 @@ def tower_weights(tower: Any, ops: Ops, dtype: torch.dtype | None = None) -> Tow
         num_heads=tower.encoder.layers[0].self_attn.num_heads,
         activation=getattr(tower, "activation", "tanh"),
         merger=make.merger(tower.merger) if hasattr(tower, "merger") else None,
+        shrink=make.layer(tower.shrink, rotates=False) if hasattr(tower, "shrink") else None,
         taps={layers: make.merger(merger) for layers, merger in getattr(tower, "taps", {}).items()},
     )
 

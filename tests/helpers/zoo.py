@@ -409,6 +409,31 @@ def phi4_multimodal_padded():
     return model, inputs
 
 
+# Crops and tiles of one size
+
+
+@zoo
+def molmo2():
+    vision = {**SIZE, "num_key_value_heads": 4, "head_dim": 16, "image_size": [32, 32], "patch_size": 8}
+    adapter = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 16}
+    adapter |= {"vision_feature_layer": [1, 0], "intermediate_size": 48, "text_hidden_size": 32}
+    values = {"vision_config": vision, "adapter_config": adapter, "image_patch_id": IMAGE}
+    model = vlm("Molmo2", text="molmo2_text", **values)
+    # each token pools 2 × 2 of an image's 4 × 4 patches
+    patches = torch.arange(32).view(2, 2, 2, 2, 2).transpose(2, 3).reshape(8, 4)
+    grids = {"image_token_pooling": patches, "image_grids": torch.tensor([[2, 2, 0, 0]] * 2)}
+    return model, {**prompt(4), "pixel_values": pixels(2).view(2, 16, 192), **grids}
+
+
+@zoo
+def granite_docling():
+    vision = {**SIZE, **PATCHES, "out_hidden_size": 32, "scale_factor": 2, "deepstack_visual_indexes": [0]}
+    values = {"vision_config": vision, "image_token_id": IMAGE, "pad_token_id": 0}
+    model = vlm("GraniteDocling", text="granite_docling_text", **values)
+    mask = torch.ones(2, 1, dtype=torch.bool)
+    return model, {**prompt(4), "pixel_values": pixels(2, 1), "pixel_attention_mask": mask}
+
+
 def quick(names: Iterable[str]) -> list:
     """Parameters of a test: those in QUICK for every day, the others for the slow tier."""
     return [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in names]

@@ -83,9 +83,7 @@ class TestForms:
         monkeypatch.setattr("siglip_fast.backends.cpu.rows_at_once", lambda: 32)
         parts = apply_to(copy.deepcopy(stock), backend="cpu", strict=True)
         assert_equal(parts(pixels, output_hidden_states=True), stock(pixels, output_hidden_states=True))
-        monkeypatch.setattr(
-            torch.nn.functional, "linear", lambda x, *args: linear(x, *args) + 1e-3 * x[..., 0].numel()
-        )
+        monkeypatch.setattr(torch.nn.functional, "linear", lambda x, *args: linear(x, *args) + 1e-3 * x[..., 0].numel())
         for batch_invariant in (True, False):
             ours = apply_to(copy.deepcopy(stock), backend="torch", strict=True, batch_invariant=batch_invariant)
             rows = ours(pixels).last_hidden_state
