@@ -323,6 +323,39 @@ def qwen2_5_vl():
     return model, inputs
 
 
+def minicpm(model: str, **values) -> tuple[PreTrainedModel, Inputs]:
+    """Two images, of 4 × 4 and of 4 × 8 patches, in one prompt; squares of 2 × 2 become one behind the first layer."""
+    text = {"model_type": "qwen3_5_text", **TEXT, "layer_types": ["full_attention"] * 2}
+    text["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
+    text["rope_parameters"]["partial_rotary_factor"] = 1.0
+    values |= {"text_config": text, "vision_config": SIZE | PATCHES | {"insert_layer_id": 0}, "insert_layer_id": 0}
+    values |= {"image_token_id": IMAGE, "video_token_id": 62, "downsample_mode": "16x"}
+    model = make(f"{model}ForConditionalGeneration", f"{model}Config", **values)
+    ids = torch.tensor([[1, 60, IMAGE, 61, 5, 60, *[IMAGE] * 2, 61, 6]])
+    strip = torch.randn(1, 3, 8, 48 * 8, generator=torch.Generator().manual_seed(1))
+    sizes = torch.tensor([[4, 4], [4, 8]], dtype=torch.int32)
+    inputs = {"input_ids": ids, "pixel_values": strip, "target_sizes": sizes}
+    if "mm_token_type_ids" in inspect.signature(model.forward).parameters:
+        inputs["mm_token_type_ids"] = (ids == IMAGE).int()
+    return model, inputs
+
+
+@zoo
+def minicpmv4_6():
+    return minicpm("MiniCPMV4_6")
+
+
+@zoo
+def minicpmv4_7():
+    slices = {"slice_start_id": 58, "slice_end_id": 59, "newline_id": 57}
+    return minicpm("MiniCPMV4_7", image_start_id=60, image_end_id=61, **slices)
+
+
+@zoo
+def minicpm_ocr():
+    return minicpm("MiniCPMOcr")
+
+
 # SigLIP's layers under other names, with embeddings for images of any shape
 
 
