@@ -35,10 +35,12 @@ class Anatomy(NamedTuple):
     parameters: tuple[type, ...] = (nn.Parameter,)  # the classes of parameters that are plain memory
 
 
-def of_transformers(home: types.ModuleType, prefix: str, tower_class: type | None = None) -> Anatomy:
+def of_transformers(
+    home: types.ModuleType, prefix: str, tower_class: type | None = None, activation: str = "gelu_pytorch_tanh"
+) -> Anatomy:
     """That of the towers of `home`, transformers' modeling_siglip or a descendant, whose classes' names begin so.
 
-    `tower_class` is the tower's own where it is a module inside of the fast model.
+    `tower_class` is the tower's own where it is a module inside of the fast model; `activation` is that of the layers.
     """
     embeddings, encoder, layer = (_part(home, prefix, name) for name in ("Embeddings", "Encoder", "EncoderLayer"))
     head = _part(home, prefix, "MultiheadAttentionPoolingHead")
@@ -49,7 +51,7 @@ def of_transformers(home: types.ModuleType, prefix: str, tower_class: type | Non
         with torch.device("meta"):
             compare("embeddings", tower.embeddings, embeddings(config))
             expected = layer(config)
-            check_layers("encoder.layers", tower.encoder.layers, expected)
+            check_layers("encoder.layers", tower.encoder.layers, expected, activation)
             check_head_dim(expected.self_attn.head_dim)
             compare("post_layernorm", tower.post_layernorm, nn.LayerNorm(config.hidden_size))
             if has_head(tower):
@@ -92,14 +94,13 @@ def fresh(stock: type[nn.Module], config: PretrainedConfig, depth: str) -> nn.Mo
         return stock(config)
 
 
-def check_layers(name: str, layers: nn.Module, expected: nn.Module) -> None:
-    """Raise Unsupported unless `layers` are some such as `expected`, with tanh's GELU."""
+def check_layers(name: str, layers: nn.Module, expected: nn.Module, activation: str = "gelu_pytorch_tanh") -> None:
+    """Raise Unsupported unless `layers` are some such as `expected`, with this activation."""
     compare_class(name, layers, nn.ModuleList)
     if not len(layers):
         raise Unsupported("there are no layers")
-    activation = expected.mlp.activation_fn
-    if type(activation) is not type(ACT2FN["gelu_pytorch_tanh"]):
-        raise Unsupported(f"hidden_act is {expected.mlp.config.hidden_act!r}, not 'gelu_pytorch_tanh'")
+    if type(expected.mlp.activation_fn) is not type(ACT2FN[activation]):
+        raise Unsupported(f"hidden_act is {expected.mlp.config.hidden_act!r}, not {activation!r}")
     for i, own in enumerate(layers):
         compare(f"{name}.{i}", own, expected)
 

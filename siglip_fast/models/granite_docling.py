@@ -4,7 +4,6 @@ The connector runs as stock's. `encode`, the tower without it, is called by itse
 """
 
 import types
-from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import torch
@@ -13,19 +12,17 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
-from ..ops import DTYPES
 from .anatomy import of_transformers
-from .base import Built
 from .on_demand import on_demand
 from .outputs import HiddenStates, in_asked_form
-from .packed import Sized
+from .tiles import TilesTower
 from .weights import Derived
 
 # Class, here as there → the part of transformers' that it is in
 MODULES = {"GraniteDoclingVisionModel": "granite_docling"}
 
 
-class GraniteDoclingTower(Built, Sized):
+class GraniteDoclingTower(TilesTower):
     """What makes such a tower fast: mixed into the stock class, before it."""
 
     output_class: ClassVar[type[BaseModelOutputWithPooling]]
@@ -75,20 +72,6 @@ class GraniteDoclingTower(Built, Sized):
         """As of all towers."""
         return super().why_not(pixel_values, **kwargs)
 
-    def _read(self, pixel_values: Tensor, **kwargs) -> str | None:
-        # What is wrong with these stock's code is to say.
-        weight, size = self._patch_weight(), self.config.image_size
-        if pixel_values.shape[1:] != (weight.shape[1], size, size) or not pixel_values.is_floating_point():
-            return (
-                f"pixel_values are {pixel_values.dtype}, {list(pixel_values.shape)}, not tiles of {size} pixels a side"
-            )
-        return None
-
-    def _request_reasons(self, **kwargs) -> Iterator[str]:
-        if torch.compiler.is_compiling():
-            yield "torch.compile traces"
-        yield from self._setting_reasons(kwargs)
-
     def _encode(self, derived: Derived, pixel_values: Tensor, kept: HiddenStates | None) -> tuple[Tensor, list[Tensor]]:
         layers = self.config.num_hidden_layers
         taps = HiddenStates([i + 1 for i in self.config.deepstack_visual_indexes if i >= 0], layers + 1)
@@ -98,10 +81,7 @@ class GraniteDoclingTower(Built, Sized):
             if kept:
                 kept.collect(x)
 
-        position = self.embeddings.position_embedding.weight
-        if pixel_values.dtype not in DTYPES:
-            pixel_values = pixel_values.to(position.dtype)
-        hidden, _ = derived.run(pixel_values, position, collect)
+        hidden, _ = self._run(derived, pixel_values, collect)
         return hidden, [x for x in taps.kept if x is not None]
 
 

@@ -31,6 +31,7 @@ _FAST = {
     "transformers.models.smolvlm.modeling_smolvlm.SmolVLMVisionTransformer": "idefics",
     "transformers.models.phi4_multimodal.modeling_phi4_multimodal.Phi4MultimodalVisionModel": "phi4",
     "transformers.models.granite_docling.modeling_granite_docling.GraniteDoclingVisionModel": "granite_docling",
+    "transformers.models.janus.modeling_janus.JanusVisionModel": "janus",
     "transformers.models.minicpm_ocr.modeling_minicpm_ocr.MiniCPMOcrVisionModel": "minicpm",
     "transformers.models.minicpmv4_6.modeling_minicpmv4_6.MiniCPMV4_6VisionModel": "minicpm",
     "transformers.models.minicpmv4_7.modeling_minicpmv4_7.MiniCPMV4_7VisionModel": "minicpm",
@@ -140,11 +141,11 @@ def register() -> None:
     The patch mapping knows names only: remote code's own class called SiglipVisionModel is replaced, too. And it puts
     classes into transformers' modules while a model is built, so models should be built one after the other.
     """
-    from . import granite_docling, idefics, minicpm, molmo2, phi4, qwen3_vl
+    from . import granite_docling, idefics, janus, minicpm, molmo2, phi4, qwen3_vl
     from .siglip import SiglipVisionModel
     from .siglip2 import Siglip2VisionModel
 
-    families = (qwen3_vl, idefics, phi4, molmo2, granite_docling, minicpm)
+    families = (qwen3_vl, idefics, phi4, molmo2, granite_docling, minicpm, janus)
     fast = [SiglipVisionModel, Siglip2VisionModel, *(cls for family in families for cls in family.installed())]
     # Anchored, because the names are taken for patterns: SiglipVisionModelOutput begins so, too.
     patches = {f"^{cls.__name__}$": cls for cls in fast}

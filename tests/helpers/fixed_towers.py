@@ -20,7 +20,12 @@ def granite_docling(**values) -> nn.Module:
     return _tower("granite_docling", "GraniteDoclingVisionModel", **taps | values)
 
 
-TOWERS = {"molmo2": molmo2, "granite_docling": granite_docling}
+def janus(**values) -> nn.Module:
+    values = {"image_size": 32, "mlp_ratio": 1.5, "intermediate_size": None} | values
+    return _tower("janus", "JanusVisionModel", **values)
+
+
+TOWERS = {"molmo2": molmo2, "granite_docling": granite_docling, "janus": janus}
 
 
 def inputs(name: str, images: int = 3) -> Tensor:
@@ -38,7 +43,7 @@ def _tower(part: str, name: str, **values) -> nn.Module:
         pytest.skip(f"transformers {transformers.__version__} has no {name}")
     torch.manual_seed(0)
     stock = getattr(home, name)
-    config = stock.config_class(**SIZE | values)
+    config = stock.config_class(**{key: value for key, value in (SIZE | values).items() if value is not None})
     config._attn_implementation = "sdpa"
     tower = stock(config)
     for name, parameter in tower.named_parameters():

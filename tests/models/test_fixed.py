@@ -1,4 +1,4 @@
-"""Towers of crops or tiles of one size beside SigLIP's, against transformers' own: Molmo 2's and Granite Docling's."""
+"""Towers of crops or tiles of one size beside SigLIP's, against transformers' own: Molmo 2's, Granite Docling's and Janus'."""
 
 import copy
 
@@ -140,18 +140,27 @@ class TestDelegated:
         else:
             assert_equal(ours(wrong(pixels)), expected, tolerance=0)
 
-    @pytest.mark.parametrize("name", ["molmo2"])
     @pytest.mark.parametrize(
-        ("values", "reason"),
+        ("name", "values", "reason"),
         [
-            ({"attention_bias": False}, "attention_bias is False"),
-            ({"num_key_value_heads": 1}, "2 heads share a key"),
-            ({"hidden_act": "gelu"}, "hidden_act is 'gelu', not 'gelu_pytorch_tanh'"),
+            ("molmo2", {"attention_bias": False}, "attention_bias is False"),
+            ("molmo2", {"num_key_value_heads": 1}, "2 heads share a key"),
+            ("molmo2", {"hidden_act": "gelu"}, "hidden_act is 'gelu', not 'gelu_pytorch_tanh'"),
+            ("granite_docling", {"hidden_act": "gelu"}, "hidden_act is 'gelu', not 'gelu_pytorch_tanh'"),
+            ("janus", {"hidden_act": "gelu_pytorch_tanh"}, "hidden_act is 'gelu_pytorch_tanh', not 'gelu'"),
+            ("janus", {"attention_bias": False}, "attention_bias is False"),
+            ("janus", {"use_qk_norm": True, "num_attention_heads": 1}, "use_qk_norm is True"),
         ],
     )
-    def test_configs(self, values, reason, name, pixels):
+    def test_configs(self, name, values, reason, pixels):
         with torch.no_grad():
             assert apply_to(TOWERS[name](**values)).why_not(pixels) == reason
+
+    @torch.no_grad()
+    def test_dropout(self, name, pixels):
+        ours = apply_to(TOWERS[name](attention_dropout=0.5))
+        assert ours.why_not(pixels) is None
+        assert ours.train().why_not(pixels) == "attention dropout is active"
 
 
 class TestGraniteDocling:
@@ -170,7 +179,7 @@ class TestGraniteDocling:
             actual = ours.encode(pixels)
         assert len(attentions) == 3 and [*map(type, actual)] == [torch.Tensor, list]
         assert zoo.error(zoo.tensors(actual), zoo.tensors(stock.encode(pixels))) < 1e-4
-        with pytest.raises(RuntimeError, match="tiles of 32 pixels"):
+        with pytest.raises(RuntimeError, match="not of 32 pixels a side"):
             ours.encode(pixels[..., :24])
 
     @torch.no_grad()
@@ -180,3 +189,23 @@ class TestGraniteDocling:
             actual, expected = ours(pixels), stock(pixels)
         dtypes = [[t.dtype for t in zoo.tensors(output).values()] for output in (actual, expected)]
         assert dtypes[0] == dtypes[1]
+
+
+class TestJanus:
+    @pytest.fixture
+    def name(self):
+        return "janus"
+
+    @pytest.mark.parametrize("rate", ["hidden_dropout_rate", "projection_dropout"])
+    @torch.no_grad()
+    def test_dropout(self, rate, pixels):
+        ours = apply_to(TOWERS["janus"](**{rate: 0.5}))
+        assert ours.why_not(pixels) is None
+        assert ours.train().why_not(pixels) == "dropout is active"
+
+    @torch.no_grad()
+    def test_interpolated_positions(self, stock, ours, pixels):
+        pixels = pixels[..., :24, :]
+        assert_equal(ours(pixels, True), stock(pixels, True))
+        assert_equal(ours(pixels, interpolate_pos_encoding=True), stock(pixels, interpolate_pos_encoding=True))
+        assert "not of 32 pixels a side" in ours.why_not(pixels)
