@@ -467,6 +467,16 @@ def granite_docling():
     return model, {**prompt(4), "pixel_values": pixels(2, 1), "pixel_attention_mask": mask}
 
 
+@zoo
+def janus():
+    vision = {**SIZE, **PATCHES, "mlp_ratio": 1.5, "projection_dim": 32, "depth": 1, "num_image_tokens": 16}
+    del vision["intermediate_size"]
+    vq = {"embed_dim": 8, "num_embeddings": 16, "base_channels": 32, "channel_multiplier": [1], "num_res_blocks": 1}
+    vq |= {"projection_dim": 32, "image_token_embed_dim": 32, "latent_channels": 32, "num_patches": 4}
+    values = {"vision_config": vision, "vq_config": vq, "image_token_id": IMAGE}
+    return vlm("Janus", text="llama", **values), {**prompt(16), "pixel_values": pixels(2)}
+
+
 def quick(names: Iterable[str]) -> list:
     """Parameters of a test: those in QUICK for every day, the others for the slow tier."""
     return [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in names]
