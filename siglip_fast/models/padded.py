@@ -181,7 +181,7 @@ def _padding(pixel_rows: Tensor, inside: Tensor, first: Tensor) -> tuple[Tensor,
     B, N, _ = pixel_rows.shape
     example = pixel_rows[torch.arange(B, device=first.device), first.clamp(max=N - 1)]
     alike = ((pixel_rows == example[:, None]).all(-1) | inside).all(1)
-    finite = (pixel_rows.isfinite().all(-1) | inside).all()
+    finite = ((pixel_rows.abs() < torch.inf).all(-1) | inside).all()
     return alike, finite
 
 
