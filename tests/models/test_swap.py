@@ -25,7 +25,7 @@ DELEGATED = {"phi4_multimodal"}  # its attention is causal where nothing is padd
 FUSED = [name for name in zoo.ZOO if name not in UNTOUCHED | DELEGATED]
 # Those that build the tower by AutoModel.from_config
 BY_AUTOMODEL = ["paligemma", "colpali", "gemma3", "shieldgemma2", "llava", "llava_next", "llava_onevision"]
-BY_AUTOMODEL += ["aya_vision", "cohere2_vision", "deepseek_vl"]
+BY_AUTOMODEL += ["aya_vision", "cohere2_vision", "deepseek_vl", "aria"]
 VERSION = Version(transformers.__version__)
 PATCHES = importlib.util.find_spec("transformers.monkey_patching") is not None  # transformers 5.3 or newer
 if PATCHES:
@@ -52,7 +52,8 @@ def fast_towers(model):
 def assert_fused(model, inputs, expected, attentions):
     attentions.clear()
     assert zoo.error(zoo.run(model, inputs), expected) < TOLERANCE
-    assert len(attentions) == 2  # layers
+    mergers = sum(type(module).__name__.endswith("WindowAttentionMerger") for module in model.modules())
+    assert len(attentions) == 2 + mergers  # layers, and MiniCPM's merger
 
 
 def modules(model):
