@@ -102,28 +102,29 @@ class PaddedTower(Built, Sized):
         heights, widths = mask[:, :, 0].sum(1), mask[:, 0].sum(1)
         at = [torch.arange(n, device=mask.device) for n in (rows, columns)]
         inside = (at[0] < heights[:, None])[:, :, None] & (at[1] < widths[:, None])[:, None]
-        fits = (mask == inside).all()
-        pixel_rows = flat_patches(pixel_values, self._patch_weight().shape[-1])
-        alike, finite = _padding(
-            pixel_rows, inside.flatten(1), torch.where(widths < columns, widths, heights * columns)
-        )
-        # The one time that the host waits.
-        *numbers, fits, finite = torch.cat([heights, widths, alike, fits[None], finite[None]]).tolist()
-        *shapes, alike = np.array(numbers).reshape(3, B)
-        images = Images(pixel_rows, np.stack(shapes, 1), alike.astype(bool), (rows, columns))
-        if not fits or not images.shapes.all():
+        # The one time that the host waits where nothing is padded.
+        *numbers, fits = torch.cat([heights, widths, (mask == inside).all()[None]]).tolist()
+        shapes = np.array(numbers).reshape(2, B).T
+        if not fits or not shapes.all():
             return "patch_attention_mask is not true for exactly a rectangle in the upper left of each image"
-        if (images.lengths == rows * columns).all():
+        if (shapes == (rows, columns)).all():
             return self.unpadded_reason
-        return images if (reason := self._padded_reason(mask.device, bool(finite))) is None else reason
+        if reason := self._padded_reason(mask.device):
+            return reason
+        pixel_rows = flat_patches(pixel_values, self._patch_weight().shape[-1])
+        first = torch.where(widths < columns, widths, heights * columns)
+        *alike, finite = torch.cat(_padding(pixel_rows, inside.flatten(1), first)).tolist()
+        if not finite:
+            return "images are padded with pixels that are not finite"
+        return Images(pixel_rows, shapes, np.array(alike), (rows, columns))
 
-    def _padded_reason(self, device: torch.device, finite: bool) -> str | None:
-        """Why stock's code has to run where something is padded, with pixels that are finite or not."""
+    def _padded_reason(self, device: torch.device) -> str | None:
+        """Why stock's code has to run where something is padded."""
         if dtype := autocast_dtype(device):
             return f"autocast to {dtype} is active, on padded images"
         if (name := self.config._attn_implementation) != "sdpa":  # FlashAttention gives padded rows zeros
             return f"attention implementation {name!r} was asked for, on padded images"
-        return None if finite else "images are padded with pixels that are not finite"
+        return None
 
     def _run(self, derived: Derived, pixel_values: Tensor, kwargs: dict[str, Any]) -> tuple[Outputs, Any]:
         """The outputs, and the hidden states, if they were asked for, of images that are not padded."""
@@ -169,20 +170,20 @@ class PaddedTower(Built, Sized):
         upload, order = Upload(), np.argsort(first)
         ordered = first[order], queries[order], images.lengths[order]
         segments = add_segments(upload, *ordered, self._tile_rows(derived))
-        own = add_segments(upload, first, queries, images.lengths)
+        own = add_segments(upload, first, queries, images.lengths) if derived.weights.head is not None else None
         rows, index, out_rows = (upload.add(array) for array in (rows, index[:, None], places.reshape(-1)))
         upload.send(images.pixel_rows.device)
-        return Packing(segments(), Position(table, index()), rows(), out_rows=out_rows(), images=own())
+        return Packing(segments(), Position(table, index()), rows(), out_rows=out_rows(), images=own and own())
 
 
 def _padding(pixel_rows: Tensor, inside: Tensor, first: Tensor) -> tuple[Tensor, Tensor]:
-    """Of the pixels that are not `inside` `[B, N]` an image: whether they are alike `[B]`, and whether all are finite.
+    """Of the pixels that are not `inside` `[B, N]` an image: whether they are alike `[B]`, and whether all are finite `[1]`.
     `first` int64 `[B]` is one such patch of each image that has any."""
     B, N, _ = pixel_rows.shape
     example = pixel_rows[torch.arange(B, device=first.device), first.clamp(max=N - 1)]
     alike = ((pixel_rows == example[:, None]).all(-1) | inside).all(1)
     finite = ((pixel_rows.abs() < torch.inf).all(-1) | inside).all()
-    return alike, finite
+    return alike, finite[None]
 
 
 def _places(images: Images) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -24,7 +24,7 @@ GATE = {
     # of towers that are alike one stays, of those on the interpreter Phi-4's; two weights edited in each are in test_swap.py
     "models/test_padded.py": r"edits_are_seen|compiled|large_grid|test_positions|batch_invariant|in_parts"
     r"|test_as_stock\[(?!Phi4.*-(torch-(one|mixed)|triton-one)-alike|Idefics3.*-cpu-mixed)|test_accuracy\[(fp32|.*avx2|.*triton)"
-    r"|(tuple|hidden_states|nan|reasons|gradients|one_read)\[(?!Phi4|Idefics3)",
+    r"|(tuple|hidden_states|nan|test_reasons|gradients|test_reads)\[(?!Phi4|Idefics3)",
     "models/test_fixed.py": r"edits_are_seen|compiled|triton|avx2|batch_invariant",
     "models/test_minicpm.py": r"edits_are_seen|triton|avx2|where_it_merges|batch_invariant",
     "models/test_idefics.py": r"(compiled_is_stocks|large_grid_in_bf16|exported)\[(?!Idefics3)|triton",
