@@ -12,6 +12,7 @@ from torch import Tensor
 
 from siglip_fast import apply_to
 from siglip_fast.models.resized import nearest
+from siglip_fast.ops import Ops
 
 SHAPES = {  # of the images, in patches, and what they are padded to
     "mixed": ([(3, 5), (5, 6), (5, 2), (1, 6), (1, 1), (4, 4), (3, 5)], (5, 6)),
@@ -96,6 +97,20 @@ def test_a_large_grid(stock):
     large = padded_tower(type(stock).__name__, image_size=8 * 70, num_hidden_layers=1)
     inputs = padded_inputs([(25, 49), (50, 20), (9, 55)], (50, 55))
     assert_equal(apply_to(copy.deepcopy(large), strict=True)(**inputs), large(**inputs))
+
+
+@pytest.mark.parametrize(
+    ("fill", "rows"), [(0.0, [16, 30, 11, 7, 2, 17, 16]), (None, [30] * 7)], ids=["alike", "others"]
+)
+@torch.no_grad()
+def test_rows(fill, rows, monkeypatch):
+    """What pads an image is one row if it is alike, each a row if it is not."""
+    segments, attention = [], Ops.attention
+    monkeypatch.setattr(Ops, "attention", lambda self, *args: segments.append(args[1]) or attention(self, *args))
+    ours = apply_to(padded_tower("Idefics3VisionTransformer"), strict=True)
+    ours(**padded_inputs(*SHAPES["mixed"], fill))
+    assert sorted(segments[0].queries) == sorted(rows)
+    assert sorted(segments[0].keys) == [1, 6, 10, 15, 15, 16, 30]
 
 
 class TestForms:
@@ -204,6 +219,12 @@ class TestDelegated:
         """FlashAttention gives padded rows zeros, and is as good as sdpa where there are none."""
         ours.config._attn_implementation = "flash_attention_2"
         assert "'flash_attention_2' was asked for, on padded images" in ours.why_not(**inputs)
+
+    @torch.no_grad()
+    def test_states_tied_by_the_config(self, ours, inputs):
+        ours.config.tie_last_hidden_states = True
+        assert ours.why_not(**inputs) is None
+        assert "the config ties the last" in ours.why_not(**inputs, output_hidden_states=True)
 
     @torch.no_grad()
     def test_autocast(self, ours, inputs):
