@@ -43,7 +43,18 @@ class TowerWeights(NamedTuple):
     num_heads: int
     activation: str = "tanh"  # GELU's form
     merger: MergerWeights | None = None
+    shrink: LayerWeights | None = (
+        None  # a layer among the others whose fc1 takes some neighbouring rows, which become one
+    )
     taps: Mapping[int, MergerWeights] = MappingProxyType({})  # by the number of layers before it
+
+
+class Shrink(NamedTuple):
+    """Where rows become fewer: behind so many layers, after attention within windows of the rows that become one."""
+
+    after: int
+    windows: Segments
+    segments: Segments  # of the rows that are left
 
 
 class Packing(NamedTuple):
@@ -55,6 +66,7 @@ class Packing(NamedTuple):
     rotation: Rotation | None = None
     out_rows: Tensor | None = None  # int32 [R]: which rows last_hidden_state is to have; None: all
     images: Segments | None = None  # of the rows of last_hidden_state, for the pooling head
+    shrink: Shrink | None = None
 
 
 Outputs = tuple[Tensor, Tensor | None]  # last_hidden_state [B, N, D], pooler_output [B, D]
@@ -126,6 +138,7 @@ def _stream(
 ) -> Stream:
     """The residual stream behind the last layer. `after` is called with it after 0, 1, … layers."""
     segments, rotation = (packing.segments, packing.rotation) if packing else (None, None)
+    shrink = packing.shrink if packing else None
     x, m = embed()  # here, so that nobody holds it longer than it is needed
     if after is not None:
         after(0, x, m)
@@ -137,7 +150,21 @@ def _stream(
         x, m = ops.linear_residual(h, layer.fc2, x)
         if after is not None:
             after(i, x, m)
+        if shrink is not None and i == shrink.after:
+            x, m = _shrunk(ops, weights, x, m, shrink.windows)
+            segments = shrink.segments
     return x, m
+
+
+def _shrunk(ops: Ops, weights: TowerWeights, x: Tensor, m: Tensor | None, windows: Segments) -> Stream:
+    """`[M, D]` → `[M / r, D]`: r rows side by side are one's fc1's, and their mean is its residual."""
+    layer, D = weights.shrink, x.shape[1]
+    qkv = ops.layernorm_linear(x, m, layer.qkv)
+    o = ops.attention(qkv.unflatten(-1, (3, weights.num_heads, -1)), windows)
+    x, m = ops.linear_residual(o.flatten(-2), layer.out_proj, x)
+    together = x.view(-1, layer.fc1.weight.shape[1])
+    h = ops.layernorm_linear(together, m, layer.fc1, weights.activation)
+    return ops.linear_residual(h, layer.fc2, together.unflatten(1, (-1, D)).mean(1))
 
 
 def _pooled(ops: Ops, weights: TowerWeights, y: Tensor, images: Segments | None = None) -> Tensor | None:

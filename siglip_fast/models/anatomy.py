@@ -35,30 +35,26 @@ class Anatomy(NamedTuple):
     parameters: tuple[type, ...] = (nn.Parameter,)  # the classes of parameters that are plain memory
 
 
-def of_transformers(home: types.ModuleType, prefix: str, tower_class: type | None = None) -> Anatomy:
+def of_transformers(
+    home: types.ModuleType, prefix: str, tower_class: type | None = None, activation: str = "gelu_pytorch_tanh"
+) -> Anatomy:
     """That of the towers of `home`, transformers' modeling_siglip or a descendant, whose classes' names begin so.
 
-    `tower_class` is the tower's own where it is a module inside of the fast model.
+    `tower_class` is the tower's own where it is a module inside of the fast model; `activation` is that of the layers.
     """
-    embeddings = getattr(home, f"{prefix}VisionEmbeddings")
-    encoder, layer = getattr(home, f"{prefix}Encoder"), getattr(home, f"{prefix}EncoderLayer")
-    head = getattr(home, f"{prefix}MultiheadAttentionPoolingHead", None)
+    embeddings, encoder, layer = (_part(home, prefix, name) for name in ("Embeddings", "Encoder", "EncoderLayer"))
+    head = _part(home, prefix, "MultiheadAttentionPoolingHead")
 
     def check(tower: nn.Module) -> None:
         config = tower.config
         compare_class("encoder", tower.encoder, encoder)
-        if not len(tower.encoder.layers):
-            raise Unsupported("there are no layers")
         with torch.device("meta"):
             compare("embeddings", tower.embeddings, embeddings(config))
-            fresh = layer(config)
-            if type(fresh.mlp.activation_fn) is not type(ACT2FN["gelu_pytorch_tanh"]):
-                raise Unsupported(f"hidden_act is {config.hidden_act!r}, not 'gelu_pytorch_tanh'")
-            check_head_dim(fresh.self_attn.head_dim)
-            for i, own in enumerate(tower.encoder.layers):
-                compare(f"encoder.layers.{i}", own, fresh)
+            expected = layer(config)
+            check_layers("encoder.layers", tower.encoder.layers, expected, activation)
+            check_head_dim(expected.self_attn.head_dim)
             compare("post_layernorm", tower.post_layernorm, nn.LayerNorm(config.hidden_size))
-            if getattr(tower, "use_head", False):
+            if has_head(tower):
                 compare("head", tower.head, head(config))
         if tower_class is not None:
             compare_class("vision_model", tower, tower_class)
@@ -87,7 +83,7 @@ def of_layers(
     projection of patches and to the layers; `check` is what else there is to say of a tower that equals such."""
 
     def checked(tower: nn.Module) -> None:
-        fresh = _of_one_layer(stock, tower.config)
+        fresh = of_one_layer(stock, tower.config)
         layers, expected = _compare_around(tower, fresh, layers_at)
         if not len(layers):
             raise Unsupported("there are no layers")
@@ -106,8 +102,8 @@ def of_layers(
     return Anatomy(checked, view, lambda tower: descendant(tower, *patch_at), ("config", *watched))
 
 
-def _of_one_layer(stock: type[nn.Module], config: PretrainedConfig) -> nn.Module:
-    """On the meta device."""
+def of_one_layer(stock: type[nn.Module], config: PretrainedConfig) -> nn.Module:
+    """A tower of this config, but of one layer, on the meta device."""
     config = copy.deepcopy(config)
     setattr(config, "depth" if hasattr(config, "depth") else "num_hidden_layers", 1)
     config._attn_implementation = "sdpa"  # whatever else was asked for need not be installed for this
@@ -128,11 +124,31 @@ def _compare_around(tower: nn.Module, fresh: nn.Module, layers_at: tuple[str, ..
     return own, fresh
 
 
+def _part(home: types.ModuleType, prefix: str, name: str) -> type[nn.Module] | None:
+    return getattr(home, f"{prefix}Vision{name}", None) or getattr(home, f"{prefix}{name}", None)
+
+
+def has_head(tower: Any) -> bool:
+    """Whether stock's forward of the tower pools: by its setting, where it has one."""
+    return getattr(tower, "use_head", hasattr(tower, "head"))
+
+
 def descendant(module: nn.Module | None, *names: str) -> nn.Module | None:
     """The module below `module` by these names, or None where there is none."""
     for name in names:
         module = None if module is None else module._modules.get(name)
     return module
+
+
+def check_layers(name: str, layers: nn.Module, expected: nn.Module, activation: str = "gelu_pytorch_tanh") -> None:
+    """Raise Unsupported unless `layers` are some such as `expected`, with this activation."""
+    compare_class(name, layers, nn.ModuleList)
+    if not len(layers):
+        raise Unsupported("there are no layers")
+    if type(expected.mlp.activation_fn) is not type(ACT2FN[activation]):
+        raise Unsupported(f"hidden_act is {expected.mlp.config.hidden_act!r}, not {activation!r}")
+    for i, own in enumerate(layers):
+        compare(f"{name}.{i}", own, expected)
 
 
 def check_head_dim(head_dim: int) -> None:

@@ -48,9 +48,10 @@ class Fused(nn.Module):
     def __init_subclass__(cls, **kwargs) -> None:
         super().__init_subclass__(**kwargs)
         # transformers looks up by its name what a class records, which only a constructor notes; instances that were
-        # swapped or unpickled have met none.
+        # swapped or unpickled have met none, nor have those of stock's class that were built as ours.
         if recorded := getattr(cls, "_can_record_outputs", None):
             dict.__setitem__(_CAN_RECORD_REGISTRY, str(cls), recorded)
+            dict.setdefault(_CAN_RECORD_REGISTRY, str(stock_class(cls)), recorded)
 
     def become_fast(self, backend: str | None, strict: bool, batch_invariant: bool | None) -> None:
         """Raises what `checked_backend` and `checked_batch_invariant` do."""

@@ -18,7 +18,8 @@ from ..ops import Position
 from ..running.grids import Grid, frames
 from ..running.packing import Upload, ranges
 from .anatomy import of_layers, siglip_view
-from .gridded import Gridded, fast_class, output_of, when_asked, whole_squares
+from .gridded import Gridded, output_of, whole_squares
+from .on_demand import fast_class, on_demand
 from .resized import ResizedPositions
 from .weights import Derived
 
@@ -89,4 +90,4 @@ def _fast(home: types.ModuleType, stock: type[nn.Module]) -> type[nn.Module]:
     return fast_class(Cosmos3EdgeTower, stock, anatomy=anatomy, pools=output_of(stock)[1])
 
 
-__getattr__ = when_asked(globals(), MODULES, _fast)
+__getattr__, installed = on_demand(globals(), MODULES, _fast)

@@ -1,14 +1,12 @@
 """Towers that take the rows of pixels of all images and videos, one behind another, and the grid of patches of each.
 
 A family's file says what is its own: the arguments of the forward, where things lie in the tower, what positions the rows
-have, which rows attend to each other, what becomes of the last hidden state. Stock classes are looked up when asked
-for (`when_asked`), as each is of another module of transformers, not all of which every version has.
+have, which rows attend to each other, what becomes of the last hidden state. Classes are made when asked
+for (`siglip_fast.models.on_demand`).
 """
 
-import importlib
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from types import ModuleType
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -221,42 +219,6 @@ def resized_bilinearly(
 def whole_squares(grids: Sequence[Grid], side: int) -> bool:
     """Whether every image is of whole squares of `side` by `side` patches."""
     return all(h % side == 0 and w % side == 0 for _, h, w, *_ in grids)
-
-
-def when_asked(
-    home: dict[str, Any], modules: Mapping[str, str], fast: Callable[[ModuleType, type[nn.Module]], type[nn.Module]]
-) -> Callable[[str], type[nn.Module]]:
-    """The `__getattr__` of a family's module, whose names are `home`: fast classes by the names of stock's.
-
-    `modules` has the part of transformers' that each is in; `fast` makes a class of that module and stock's class.
-    """
-
-    def made(name: str) -> type[nn.Module]:
-        if name not in modules:
-            raise AttributeError(f"module {home['__name__']!r} has no attribute {name!r}")
-        part = modules[name]
-        try:
-            module = importlib.import_module(f"transformers.models.{part}.modeling_{part}")
-        except ImportError as error:
-            raise AttributeError(f"the installed transformers has no {name}") from error
-        return home.setdefault(name, fast(module, getattr(module, name)))
-
-    return made
-
-
-def installed(family: ModuleType) -> list[type[nn.Module]]:
-    """The fast classes of all towers of a family that the installed transformers has."""
-    classes = (getattr(family, name, None) for name in family.MODULES)
-    return [cls for cls in classes if cls is not None]
-
-
-def fast_class(tower: type[Gridded], stock: type[nn.Module], **members: Any) -> type[nn.Module]:
-    """`stock` made fast by a family's `tower`."""
-    about = {
-        "__module__": tower.__module__,
-        "__doc__": f"transformers' {stock.__name__}, made fast; see `siglip_fast.apply_to`.",
-    }
-    return type(stock.__name__, (tower, stock), about | members)
 
 
 def output_of(stock: type[nn.Module]) -> tuple[type[ModelOutput], bool]:

@@ -20,7 +20,8 @@ from ..ops import Position
 from ..running.grids import Grid, squares
 from ..running.packing import Upload, ranges
 from .anatomy import Unsupported, of_layers
-from .gridded import Gridded, fast_class, when_asked, whole_squares
+from .gridded import Gridded, whole_squares
+from .on_demand import fast_class, on_demand
 from .resized import ResizedPositions
 from .weights import Derived
 
@@ -156,4 +157,4 @@ def _fast(home: types.ModuleType, stock: type[nn.Module]) -> type[nn.Module]:
     return fast_class(KimiTower, stock, anatomy=anatomy, mixes_lengths=hasattr(stock, "temporal_merge"))
 
 
-__getattr__ = when_asked(globals(), MODULES, _fast)
+__getattr__, installed = on_demand(globals(), MODULES, _fast)

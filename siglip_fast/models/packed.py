@@ -21,8 +21,8 @@ from .traced import Traced
 from .weights import Derived
 
 
-class Packed(Fused):
-    """What such towers have in common, beside what all have."""
+class Sized(Fused):
+    """What towers have in common, beside what all have, whose forward goes by sizes that it reads from its arguments."""
 
     returns_hidden_states = True  # whether stock's forward does, when asked
     layers_at: ClassVar[tuple[str, ...]] = ("encoder", "layers")  # the names that lead to the layers, from the tower on
@@ -44,23 +44,14 @@ class Packed(Fused):
         sizes = self._read(pixel_values, *args, **kwargs) if reason is None else None
         return (derived, sizes, None) if isinstance(sizes, str) else (derived, reason, sizes)
 
-    def _call_reasons(self, pixel_values: Tensor, *args, **kwargs) -> Iterator[str]:
-        yield from super()._call_reasons(pixel_values, *args, **kwargs)
-        if torch.compiler.is_compiling():
-            if not isinstance(self, Traced):
-                yield "torch.compile traces"
-            return  # what follows it cannot trace; autocast has been looked at
-        if is_capturing(pixel_values):
-            yield "the sizes of images cannot be read inside a CUDA graph"
-        if dtype := autocast_dtype(pixel_values.device):
-            yield f"autocast to {dtype} is active, on images of any size"
-
     def _setting_reasons(self, kwargs: dict[str, Any], known: tuple[str, ...] = ()) -> Iterator[str]:
         """Those that lie in keyword arguments and in the config."""
         yield from keyword_reasons(self.config, kwargs, ignored=known)
         if asked_for("output_hidden_states", self.config, kwargs):
             if not self.returns_hidden_states or torch.compiler.is_compiling():
                 yield "output_hidden_states was asked for"
+            elif getattr(self.config, "tie_last_hidden_states", None):
+                yield "the config ties the last of the hidden states to last_hidden_state"
         yield from attention_reasons(self._tower, self.layers_at, self.attention_name)
 
     def _tile_rows(self, derived: Derived) -> tuple[int, ...]:
@@ -71,6 +62,21 @@ class Packed(Fused):
         """What collects them, where they were asked for."""
         asked = asked_for("output_hidden_states", self.config, kwargs)
         return HiddenStates(asked, layers + 1) if asked else None
+
+
+class Packed(Sized):
+    """Those that read the sizes in every call."""
+
+    def _call_reasons(self, pixel_values: Tensor, *args, **kwargs) -> Iterator[str]:
+        yield from super()._call_reasons(pixel_values, *args, **kwargs)
+        if torch.compiler.is_compiling():
+            if not isinstance(self, Traced):
+                yield "torch.compile traces"
+            return  # what follows it cannot trace; autocast has been looked at
+        if is_capturing(pixel_values):
+            yield "the sizes of images cannot be read inside a CUDA graph"
+        if dtype := autocast_dtype(pixel_values.device):
+            yield f"autocast to {dtype} is active, on images of any size"
 
 
 def together(lengths: Sequence[int], most: int | None) -> list[slice]:

@@ -20,7 +20,8 @@ from ..ops import Position
 from ..running.grids import Grid, frames
 from ..running.packing import Upload
 from .anatomy import of_layers, siglip_view
-from .gridded import Gridded, fast_class, resized_bilinearly, when_asked
+from .gridded import Gridded, resized_bilinearly
+from .on_demand import fast_class, on_demand
 from .weights import Derived
 
 MODULES = {"PaddleOCRVisionTransformer": "paddleocr_vl"}
@@ -94,4 +95,4 @@ def _fast(home: types.ModuleType, stock: type[nn.Module]) -> type[nn.Module]:
     return fast_class(TowerWithBounds if has_bounds else PaddleOCRTower, stock, anatomy=anatomy)
 
 
-__getattr__ = when_asked(globals(), MODULES, _fast)
+__getattr__, installed = on_demand(globals(), MODULES, _fast)

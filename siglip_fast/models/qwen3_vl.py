@@ -4,8 +4,6 @@ Rows of pixels come in the order of the merger: those of a square of 2 by 2 patc
 side are a view. One frame is one segment of attention.
 """
 
-import functools
-import sys
 import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -21,8 +19,8 @@ from ..ops import Position
 from ..running.grids import Grid
 from ..running.packing import Upload
 from .anatomy import Unsupported, layer_view, of_layers
-from .gridded import Gridded, fast_class, resized_bilinearly, when_asked, whole_squares
-from .gridded import installed as installed_of
+from .gridded import Gridded, resized_bilinearly, whole_squares
+from .on_demand import fast_class, on_demand
 from .weights import Derived
 
 # Class, here as there → the part of transformers' that it is in
@@ -171,5 +169,4 @@ def _fast(home: types.ModuleType, stock: type[nn.Module]) -> type[nn.Module]:
     return fast_class(Qwen3VLTower, stock, anatomy=anatomy, **returns)
 
 
-__getattr__ = when_asked(globals(), MODULES, _fast)
-installed = functools.partial(installed_of, sys.modules[__name__])
+__getattr__, installed = on_demand(globals(), MODULES, _fast)

@@ -104,9 +104,12 @@ def attention_reasons(
             yield f"attention implementation {name!r} was asked for"
         elif not _is_transformers_own(ALL_ATTENTION_FUNCTIONS.get(name)):
             yield f"attention implementation {name!r} is not transformers' own"
-    names = ("dropout", "attention_dropout")
-    if any(m is not None and m.training and any(getattr(m, name, 0) for name in names) for m in attentions):
+    if any(m is not None and m.training and _dropout(m) for m in attentions):
         yield "attention dropout is active"
+
+
+def _dropout(attention: nn.Module) -> float:
+    return getattr(attention, "dropout", 0) or getattr(attention, "attention_dropout", 0)
 
 
 def _is_transformers_own(attention: Callable | None) -> bool:

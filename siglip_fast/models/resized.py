@@ -3,6 +3,7 @@
 import copy
 import math
 import threading
+import types
 from collections.abc import Iterator
 
 import numpy as np
@@ -71,6 +72,13 @@ class NaflexPositions(ResizedPositions):
             yield type(embeddings).forward(alone, patches, shapes)[0]
 
 
+class NearestPositions(ResizedPositions):
+    """Of the embeddings of Idefics and its kin, row-major."""
+
+    def _resized(self, sizes: list[tuple[int, int]]) -> Iterator[Tensor]:
+        return (nearest(self._embeddings, height, width) for height, width in sizes)
+
+
 class _Nothing(nn.Module):
     """In the place of the projection of patches: zeros `[1, N, D]`."""
 
@@ -80,3 +88,18 @@ class _Nothing(nn.Module):
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         return self.weight.new_zeros(*pixel_values.shape[:2], len(self.weight))
+
+
+def nearest(embeddings: nn.Module, height: int, width: int) -> Tensor:
+    """What those of Idefics and its kin add, `[height·width, D]`: their own code, on patches that are zero. It rounds the
+    fractions of an image's sides in ways that differ from one version of transformers to the next."""
+    weight, p = embeddings.position_embedding.weight, embeddings.patch_size
+    stand_in = types.SimpleNamespace(
+        patch_size=p,
+        num_patches_per_side=embeddings.num_patches_per_side,
+        patch_embedding=lambda pixels: weight.new_zeros(1, weight.shape[1], height, width),
+        position_embedding=embeddings.position_embedding,
+    )
+    pixels = weight.new_zeros(()).expand(1, 1, height * p, width * p)
+    mask = torch.ones(1, height, width, dtype=torch.bool, device=weight.device)
+    return type(embeddings).forward(stand_in, pixels, mask)[0]

@@ -27,8 +27,16 @@ _FAST = {
     "transformers.models.siglip.modeling_siglip.SiglipVisionTransformer": "siglip",  # until transformers 5.6
     "transformers.models.siglip2.modeling_siglip2.Siglip2VisionModel": "siglip2",
     "transformers.models.siglip2.modeling_siglip2.Siglip2VisionTransformer": "siglip2",  # until transformers 5.6
+    "transformers.models.idefics2.modeling_idefics2.Idefics2VisionTransformer": "idefics",
     "transformers.models.idefics3.modeling_idefics3.Idefics3VisionTransformer": "idefics",
     "transformers.models.smolvlm.modeling_smolvlm.SmolVLMVisionTransformer": "idefics",
+    "transformers.models.phi4_multimodal.modeling_phi4_multimodal.Phi4MultimodalVisionModel": "phi4",
+    "transformers.models.granite_docling.modeling_granite_docling.GraniteDoclingVisionModel": "granite_docling",
+    "transformers.models.janus.modeling_janus.JanusVisionModel": "janus",
+    "transformers.models.minicpm_ocr.modeling_minicpm_ocr.MiniCPMOcrVisionModel": "minicpm",
+    "transformers.models.minicpmv4_6.modeling_minicpmv4_6.MiniCPMV4_6VisionModel": "minicpm",
+    "transformers.models.minicpmv4_7.modeling_minicpmv4_7.MiniCPMV4_7VisionModel": "minicpm",
+    "transformers.models.molmo2.modeling_molmo2.Molmo2VisionModel": "molmo2",
     "timm.models.vision_transformer.VisionTransformer": "timm",
     "transformers.models.qwen3_vl.modeling_qwen3_vl.Qwen3VLVisionModel": "qwen3_vl",
     "transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe.Qwen3VLMoeVisionModel": "qwen3_vl",
@@ -41,12 +49,6 @@ _FAST = {
     "transformers.models.kimi_k25.modeling_kimi_k25.Kimi_K25VisionModel": "kimi_k25",
     "transformers.models.video_llama_3.modeling_video_llama_3.VideoLlama3VisionModel": "video_llama_3",
     "transformers.models.cosmos3_edge.modeling_cosmos3_edge.Cosmos3EdgeVisionModel": "cosmos3_edge",
-}
-_NOT_YET = "the same layers as SigLIP's, but not supported yet"
-_LEFT_ALONE = {
-    **OTHERS,
-    "transformers.models.idefics2.modeling_idefics2.Idefics2VisionTransformer": _NOT_YET,
-    "transformers.models.phi4_multimodal.modeling_phi4_multimodal.Phi4MultimodalVisionModel": _NOT_YET,
 }
 
 
@@ -125,23 +127,34 @@ def register() -> None:
     """From now on, transformers builds fast towers where it looks a tower's class up.
 
     That is `AutoModel.from_config` with a SiglipVisionConfig or Siglip2VisionConfig, by which PaliGemma, Gemma 3, the LLaVAs,
-    LFM2-VL and others build theirs, or with that of a tower like Qwen3-VL's (transformers ≥ 5.6) or VideoLLaMA 3's; and, by its
-    own patch mapping (≥ 5.3), `from_pretrained` and `from_config` of models that name the class, such as SiglipModel (≥ 5.6),
-    Kimi K2.5, PaddleOCR-VL, and Qwen3-VL's and Qwen3-Omni's (before). Models built before, or by calling a class, stay as they are.
+    LFM2-VL and others build theirs, with Idefics3's, by which Aria does, or with that of a tower like Qwen3-VL's (transformers
+    ≥ 5.6) or VideoLLaMA 3's; and, by its own patch mapping (≥ 5.3), `from_pretrained` and `from_config` of models that name
+    the class, such as SiglipModel (≥ 5.6), Kimi K2.5, PaddleOCR-VL, and Qwen3-VL's and Qwen3-Omni's (before). Models built
+    before, or by calling a class, stay as they are.
 
     The patch mapping knows names only: remote code's own class called SiglipVisionModel is replaced, too. And it puts
     classes into transformers' modules while a model is built, so models should be built one after the other.
     """
-    from . import cosmos3_edge, kimi_k25, paddleocr_vl, qwen3_vl, video_llama_3
-    from .gridded import installed
-    from .idefics import Idefics3VisionTransformer, SmolVLMVisionTransformer
+    from . import (
+        cosmos3_edge,
+        granite_docling,
+        idefics,
+        janus,
+        kimi_k25,
+        minicpm,
+        molmo2,
+        paddleocr_vl,
+        phi4,
+        qwen3_vl,
+        video_llama_3,
+    )
     from .siglip import SiglipVisionModel
     from .siglip2 import Siglip2VisionModel
 
-    gridded = [cls for family in (qwen3_vl, kimi_k25, video_llama_3, cosmos3_edge) for cls in installed(family)]
-    by_auto_model = (SiglipVisionModel, Siglip2VisionModel, *gridded)
+    families = (qwen3_vl, kimi_k25, video_llama_3, cosmos3_edge, idefics, phi4, molmo2, granite_docling, minicpm, janus)
+    by_auto_model = [SiglipVisionModel, Siglip2VisionModel, *(cls for family in families for cls in family.installed())]
+    fast = [*by_auto_model, *paddleocr_vl.installed()]  # of which AutoModel builds the module around it
     # Anchored, because the names are taken for patterns: SiglipVisionModelOutput begins so, too.
-    fast = (*by_auto_model, Idefics3VisionTransformer, SmolVLMVisionTransformer, *installed(paddleocr_vl))
     patches = {f"^{cls.__name__}$": cls for cls in fast}
     with _lock:
         unregister()
@@ -228,7 +241,7 @@ def _as_tower(module: nn.Module, name: str) -> Tower | None:
         return Tower(name, module, True, None if is_ours else f"{cls.__name__} is somebody's subclass of a fast class")
     if fast := _fast_class(cls):
         return Tower(name, module, False, fast.declines(module))
-    if reason := _LEFT_ALONE.get(_path(cls)):
+    if reason := OTHERS.get(_path(cls)):
         return Tower(name, module, False, reason)
     for base in cls.__mro__[1:]:
         if _fast_class(base):

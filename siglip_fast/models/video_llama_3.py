@@ -20,7 +20,8 @@ from ..ops import Position
 from ..running.grids import Grid, read
 from ..running.packing import Upload
 from .anatomy import of_layers, siglip_view
-from .gridded import Gridded, fast_class, output_of, when_asked
+from .gridded import Gridded, output_of
+from .on_demand import fast_class, on_demand
 from .weights import Derived, finish
 
 MODULES = {"VideoLlama3VisionModel": "video_llama_3"}
@@ -105,4 +106,4 @@ def _fast(home: types.ModuleType, stock: type[nn.Module]) -> type[nn.Module]:
     return fast_class(VideoLlama3Tower, stock, anatomy=anatomy, output_class=output_of(stock)[0])
 
 
-__getattr__ = when_asked(globals(), MODULES, _fast)
+__getattr__, installed = on_demand(globals(), MODULES, _fast)

@@ -30,7 +30,7 @@ from ..running.graphs import Graphs
 from ..running.packed_graphs import PackedGraphs
 from ..running.uint8 import Normalization
 from ..tuning.cache import Selection
-from .anatomy import Anatomy, Unsupported
+from .anatomy import Anatomy, Unsupported, has_head
 from .source import Source
 
 
@@ -172,10 +172,11 @@ def tower_weights(tower: Any, ops: Ops, dtype: torch.dtype | None = None) -> Tow
         patch=make.pack(patch),
         layers=[make.layer(layer, rotates) for layer in tower.encoder.layers],
         post_layernorm=tower.post_layernorm and make.norm(tower.post_layernorm),
-        head=make_pooled.head(tower.head) if getattr(tower, "use_head", False) else None,
+        head=make_pooled.head(tower.head) if has_head(tower) else None,
         num_heads=tower.encoder.layers[0].self_attn.num_heads,
         activation=getattr(tower, "activation", "tanh"),
         merger=make.merger(tower.merger) if hasattr(tower, "merger") else None,
+        shrink=make.layer(tower.shrink, rotates=False) if hasattr(tower, "shrink") else None,
         taps={layers: make.merger(merger) for layers, merger in getattr(tower, "taps", {}).items()},
     )
 

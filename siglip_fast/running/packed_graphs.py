@@ -28,7 +28,7 @@ class Call(NamedTuple):
 
     def tensors(self) -> list[Tensor]:
         """Those of the packing, but for attention's schedule, that are others in each call."""
-        segments, position, _, rotation, _, images = self.packing
+        segments, position, _, rotation, _, images, _ = self.packing
         found = [position.index, position.weight, rotation and rotation.place, images and images.table]
         return [t for t in [*found, position.table if self.has_own_positions else None] if t is not None]
 
@@ -122,7 +122,7 @@ class _Asked(Mapping):
 
 def room_for(call: Call, rows: int, images: int) -> Call:
     """A call like `call`, with room for so many rows of so many images: one image of all rows."""
-    pixel_rows, (segments, position, _, rotation, _, heads), _, has_own_positions = call
+    pixel_rows, (segments, position, _, rotation, _, heads, _), _, has_own_positions = call
 
     def zeros(like: Tensor | None, length: int) -> Tensor | None:
         return None if like is None else like.new_zeros(length, *like.shape[1:])

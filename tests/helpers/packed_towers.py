@@ -51,3 +51,44 @@ def qwen3_vl_inputs(grids=MIXED, dtype=torch.float32, width=QWEN3_VL_K):
     rows = torch.randn(sum(t * h * w for t, h, w in grids), width, generator=torch.Generator().manual_seed(1))
     rows[:, :: width // 3] *= 30
     return rows.to(dtype), torch.tensor(grids)
+
+
+PADDED = {"hidden_size": 64, "intermediate_size": 100, "num_hidden_layers": 2, "num_attention_heads": 4}
+PADDED |= {"image_size": 32, "patch_size": 8}
+PADDED_IN = {  # classes → the part of transformers that they are in
+    "Idefics2VisionTransformer": "idefics2",
+    "Idefics3VisionTransformer": "idefics3",
+    "SmolVLMVisionTransformer": "smolvlm",
+    "Phi4MultimodalVisionModel": "phi4_multimodal",
+}
+
+
+def padded_tower(name: str, **values) -> nn.Module:
+    """A stock tower for images padded under a mask, with nothing at its neutral value."""
+    stock = getattr(importlib.import_module(f"transformers.models.{PADDED_IN[name]}.modeling_{PADDED_IN[name]}"), name)
+    torch.manual_seed(0)
+    config = stock.config_class(**PADDED | values)
+    config._attn_implementation = "sdpa"
+    tower = stock(config)
+    for name, parameter in tower.named_parameters():
+        if name.endswith("bias"):
+            nn.init.normal_(parameter, 0, 0.2)
+        elif "norm" in name:
+            nn.init.normal_(parameter, 1, 0.4)
+        elif "position" in name:
+            nn.init.normal_(parameter)
+        else:  # scores that tell keys from each other
+            nn.init.normal_(parameter, 0, (2 if "q_proj" in name else 1) * parameter[0].numel() ** -0.5)
+    return tower.eval()
+
+
+def padded_inputs(shapes: list[tuple[int, int]], grid: tuple[int, int], fill: float | None = 0.0) -> dict[str, Tensor]:
+    """Images of so many patches, each of a different scale, padded to `grid` of them with pixels that are `fill`, or all others."""
+    pixels = torch.randn(len(shapes), 3, 8 * grid[0], 8 * grid[1], generator=torch.Generator().manual_seed(1))
+    mask = torch.zeros(len(shapes), *grid, dtype=torch.bool)
+    for i, (height, width) in enumerate(shapes):
+        mask[i, :height, :width] = True
+        pixels[i] *= 10.0 ** (i % 3 - 1)
+    if fill is not None:
+        pixels = torch.where(mask.repeat_interleave(8, 1).repeat_interleave(8, 2)[:, None], pixels, fill)
+    return {"pixel_values": pixels, "patch_attention_mask": mask}

@@ -356,6 +356,53 @@ def video_llama_3():
     return model, {**inputs, **sizes, "pixel_values": inputs["pixel_values"][:19]}
 
 
+def qwen2_5_vl():
+    """Beside Qwen3-VL, with layers of another kind."""
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
+    text = TEXT | {"rope_parameters": rope, "rope_scaling": rope}
+    vision = {"depth": 2, "hidden_size": 64, "intermediate_size": 100, "num_heads": 4, "out_hidden_size": 32}
+    vision |= {"patch_size": 8, "window_size": 32, "fullatt_block_indexes": [1]}
+    tokens = {"image_token_id": IMAGE, "video_token_id": 62, "vision_start_token_id": 60, "vision_end_token_id": 61}
+    model = make(
+        "Qwen2_5_VLForConditionalGeneration", "Qwen2_5_VLConfig", text_config=text, vision_config=vision, **tokens
+    )
+    inputs = qwen3_vl()[1]
+    return model, inputs
+
+
+def minicpm(model: str, **values) -> tuple[PreTrainedModel, Inputs]:
+    """Two images, of 4 × 4 and of 4 × 8 patches, in one prompt; squares of 2 × 2 become one behind the first layer."""
+    text = {"model_type": "qwen3_5_text", **TEXT, "layer_types": ["full_attention"] * 2}
+    text["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
+    text["rope_parameters"]["partial_rotary_factor"] = 1.0
+    values |= {"text_config": text, "vision_config": SIZE | PATCHES | {"insert_layer_id": 0}, "insert_layer_id": 0}
+    values |= {"image_token_id": IMAGE, "video_token_id": 62, "downsample_mode": "16x"}
+    model = make(f"{model}ForConditionalGeneration", f"{model}Config", **values)
+    ids = torch.tensor([[1, 60, IMAGE, 61, 5, 60, *[IMAGE] * 2, 61, 6]])
+    strip = torch.randn(1, 3, 8, 48 * 8, generator=torch.Generator().manual_seed(1))
+    sizes = torch.tensor([[4, 4], [4, 8]], dtype=torch.int32)
+    inputs = {"input_ids": ids, "pixel_values": strip, "target_sizes": sizes}
+    if "mm_token_type_ids" in inspect.signature(model.forward).parameters:
+        inputs["mm_token_type_ids"] = (ids == IMAGE).int()
+    return model, inputs
+
+
+@zoo
+def minicpmv4_6():
+    return minicpm("MiniCPMV4_6")
+
+
+@zoo
+def minicpmv4_7():
+    slices = {"slice_start_id": 58, "slice_end_id": 59, "newline_id": 57}
+    return minicpm("MiniCPMV4_7", image_start_id=60, image_end_id=61, **slices)
+
+
+@zoo
+def minicpm_ocr():
+    return minicpm("MiniCPMOcr")
+
+
 # SigLIP's layers under other names, with embeddings for images of any shape
 
 
@@ -380,13 +427,101 @@ def smolvlm():
     return vlm("SmolVLM", text="llama", **values), {**prompt(4), "pixel_values": pixels(2, 1)}
 
 
-@zoo
-def smolvlm_padded():
-    """An image smaller than the batch: the tower gets a mask with holes."""
-    model, inputs = smolvlm()
+def padded(model: PreTrainedModel, inputs: Inputs) -> tuple[PreTrainedModel, Inputs]:
+    """The second image is smaller than the batch: the tower gets a mask."""
     mask = torch.ones(2, 1, 32, 32, dtype=torch.bool)
     mask[1, :, :, 16:] = False
     return model, {**inputs, "pixel_attention_mask": mask}
+
+
+@zoo
+def idefics2_padded():
+    return padded(*idefics2())
+
+
+@zoo
+def idefics3_padded():
+    return padded(*idefics3())
+
+
+@zoo
+def smolvlm_padded():
+    return padded(*smolvlm())
+
+
+@zoo
+def aria():
+    """Idefics3's tower; reads its states before the last layer."""
+    text = {"model_type": "aria_text", **TEXT, "moe_num_experts": 2, "moe_topk": 1, "moe_num_shared_experts": 1}
+    vision = {"model_type": "idefics3_vision", **SIZE, **PATCHES}
+    values = {"vision_config": vision, "text_config": text, "image_token_index": IMAGE, "vision_feature_layer": -2}
+    model = vlm("Aria", text="aria_text", **values, projector_patch_to_query_dict={16: 4})
+    return model, {**prompt(4), "pixel_values": pixels(2)}
+
+
+@zoo
+def aria_padded():
+    model, inputs = padded(*aria())
+    mask = inputs.pop("pixel_attention_mask")
+    return model, {**inputs, "pixel_mask": mask[:, 0]}
+
+
+@zoo
+def phi4_multimodal():
+    """A crop and the whole image, both for the causal attention that stock has where nothing is padded."""
+    vision = {**SIZE, "image_size": 32, "crop_size": 32, "patch_size": 8, "image_token_id": IMAGE, "feature_layer": -2}
+    audio = {"hidden_size": 16, "intermediate_size": 16, "num_blocks": 1, "num_attention_heads": 2, "input_size": 16}
+    audio |= dict.fromkeys(("nemo_conv_channels", "ext_pw_out_channel", "depthwise_separable_out_channel"), 16)
+    values = {**TEXT, "vision_config": vision, "audio_config": audio | {"audio_token_id": 62}}
+    del values["head_dim"]
+    model = make("Phi4MultimodalForCausalLM", "Phi4MultimodalConfig", **values)
+    mask = torch.ones(2, 2, 4, 4)
+    sizes = {"image_sizes": torch.tensor([[32, 32]] * 2), "image_attention_mask": mask}
+    return model, {**prompt(13), "image_pixel_values": pixels(2, 2), **sizes}
+
+
+@zoo
+def phi4_multimodal_padded():
+    """The second image is half as wide as its crop."""
+    model, inputs = phi4_multimodal()
+    inputs["image_attention_mask"][1, 1, :, 2:] = 0
+    inputs["input_ids"][1, 12:14] = 5  # which takes two tokens less
+    return model, inputs
+
+
+# Crops and tiles of one size
+
+
+@zoo
+def molmo2():
+    vision = {**SIZE, "num_key_value_heads": 4, "head_dim": 16, "image_size": [32, 32], "patch_size": 8}
+    adapter = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 16}
+    adapter |= {"vision_feature_layer": [1, 0], "intermediate_size": 48, "text_hidden_size": 32}
+    values = {"vision_config": vision, "adapter_config": adapter, "image_patch_id": IMAGE}
+    model = vlm("Molmo2", text="molmo2_text", **values)
+    # each token pools 2 × 2 of an image's 4 × 4 patches
+    patches = torch.arange(32).view(2, 2, 2, 2, 2).transpose(2, 3).reshape(8, 4)
+    grids = {"image_token_pooling": patches, "image_grids": torch.tensor([[2, 2, 0, 0]] * 2)}
+    return model, {**prompt(4), "pixel_values": pixels(2).view(2, 16, 192), **grids}
+
+
+@zoo
+def granite_docling():
+    vision = {**SIZE, **PATCHES, "out_hidden_size": 32, "scale_factor": 2, "deepstack_visual_indexes": [0]}
+    values = {"vision_config": vision, "image_token_id": IMAGE, "pad_token_id": 0}
+    model = vlm("GraniteDocling", text="granite_docling_text", **values)
+    mask = torch.ones(2, 1, dtype=torch.bool)
+    return model, {**prompt(4), "pixel_values": pixels(2, 1), "pixel_attention_mask": mask}
+
+
+@zoo
+def janus():
+    vision = {**SIZE, **PATCHES, "mlp_ratio": 1.5, "projection_dim": 32, "depth": 1, "num_image_tokens": 16}
+    del vision["intermediate_size"]
+    vq = {"embed_dim": 8, "num_embeddings": 16, "base_channels": 32, "channel_multiplier": [1], "num_res_blocks": 1}
+    vq |= {"projection_dim": 32, "image_token_embed_dim": 32, "latent_channels": 32, "num_patches": 4}
+    values = {"vision_config": vision, "vq_config": vq, "image_token_id": IMAGE}
+    return vlm("Janus", text="llama", **values), {**prompt(16), "pixel_values": pixels(2)}
 
 
 def quick(names: Iterable[str]) -> list:

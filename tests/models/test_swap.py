@@ -20,12 +20,12 @@ from transformers import AutoModel
 import siglip_fast
 
 TOLERANCE = 1e-4  # relative, of any tensor of the output
-UNTOUCHED = {"idefics2"}
-DELEGATED = {"smolvlm_padded"}  # a patch mask with holes
+UNTOUCHED = {"qwen2_5_vl"}
+DELEGATED = {"phi4_multimodal"}  # its attention is causal where nothing is padded
 FUSED = [name for name in zoo.ZOO if name not in UNTOUCHED | DELEGATED]
 # Those that build the tower by AutoModel.from_config
 BY_AUTOMODEL = ["paligemma", "colpali", "gemma3", "shieldgemma2", "llava", "llava_next", "llava_onevision"]
-BY_AUTOMODEL += ["aya_vision", "cohere2_vision", "deepseek_vl"]
+BY_AUTOMODEL += ["aya_vision", "cohere2_vision", "deepseek_vl", "aria"]
 VERSION = Version(transformers.__version__)
 PATCHES = importlib.util.find_spec("transformers.monkey_patching") is not None  # transformers 5.3 or newer
 if PATCHES:
@@ -52,7 +52,8 @@ def fast_towers(model):
 def assert_fused(model, inputs, expected, attentions):
     attentions.clear()
     assert zoo.error(zoo.run(model, inputs), expected) < TOLERANCE
-    assert len(attentions) == 2  # layers
+    mergers = sum(type(module).__name__.endswith("WindowAttentionMerger") for module in model.modules())
+    assert len(attentions) == 2 + mergers  # layers, and MiniCPM's merger
 
 
 def modules(model):
@@ -104,14 +105,15 @@ class TestApplyTo:
         assert not attentions
         siglip_fast.restore(model)
         siglip_fast.apply_to(model, strict=True)
-        with pytest.raises(RuntimeError, match="mask"):
+        with pytest.raises(RuntimeError, match="causal"):
             zoo.run(model, inputs)
 
     @pytest.mark.parametrize("name", zoo.ZOO)
     def test_the_outputs_depend_on_the_image(self, name):
         """Else the comparisons above would say nothing."""
         model, inputs = zoo.build(name)
-        changed = inputs | {"pixel_values": inputs["pixel_values"].flip(-1)}
+        name = next(name for name in inputs if name.endswith("pixel_values"))
+        changed = inputs | {name: inputs[name].flip(-1)}
         actual, expected = zoo.run(model, changed), zoo.run(model, inputs)
         assert zoo.error(actual, expected) > 1000 * TOLERANCE
 
@@ -246,12 +248,12 @@ with zoo.fused_attentions() as attentions:
             siglip_fast.apply_to(transformers.SiglipTextModel(config))
 
     def test_the_list_prints_a_line_a_tower(self):
-        model = nn.ModuleDict({"a": zoo.siglip_vision()[0], "b": zoo.idefics2()[0]})
+        model = nn.ModuleDict({"a": zoo.siglip_vision()[0], "b": zoo.qwen2_5_vl()[0]})
         apply_to = siglip_fast.apply_to(model["a"])
         name = type(siglip_fast.towers(apply_to)[0].module).__name__
         lines = repr(siglip_fast.towers(model)).splitlines()
         assert lines[0] == f"a: {name}, fast"
-        assert lines[1].startswith("b.model.vision_model: Idefics2Vision") and "left alone: the same layers" in lines[1]
+        assert lines[1].startswith("b.model.visual: Qwen2_5_Vision") and "left alone: its layers are not" in lines[1]
         assert len(lines) == 2 and str(siglip_fast.towers(nn.Linear(1, 1))) == "no SigLIP vision tower"
 
     def test_several_towers_and_one_that_cannot(self, attentions, caplog):
