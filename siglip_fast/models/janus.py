@@ -88,6 +88,8 @@ def _fast(home: types.ModuleType, stock: type[nn.Module]) -> type[nn.Module]:
         "__module__": __name__,
         "__doc__": f"transformers' {stock.__name__}, made fast; see `siglip_fast.apply_to`.",
         "anatomy": _anatomy(home),
+        # transformers 4 would record those of layers that the tower has none of
+        "returns_hidden_states": stock._can_record_outputs["hidden_states"] is home.JanusVisionEncoderLayer,
     }
     return type(stock.__name__, (JanusTower, stock), members)
 
