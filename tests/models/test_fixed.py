@@ -94,9 +94,11 @@ class TestForms:
         monkeypatch.setattr(torch.nn.functional, "linear", lambda x, *args: linear(x, *args) + 1e-3 * x[..., 0].numel())
         for batch_invariant in (True, False):
             ours = apply_to(copy.deepcopy(stock), backend="torch", strict=True, batch_invariant=batch_invariant)
-            rows = ours(pixels).last_hidden_state
-            equal = [torch.equal(ours(pixels[i : i + 1]).last_hidden_state[0], row) for i, row in enumerate(rows)]
-            assert equal == [batch_invariant] * len(pixels)
+            together = zoo.tensors(ours(pixels))
+            for i in range(len(pixels)):
+                alone = zoo.tensors(ours(pixels[i : i + 1]))
+                equal = [torch.equal(own.chunk(len(pixels))[i], alone[key]) for key, own in together.items()]
+                assert equal == [batch_invariant] * len(alone)
 
     @torch.no_grad()
     def test_a_nan_image_stays_alone(self, stock, ours, pixels):
