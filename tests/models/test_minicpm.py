@@ -11,7 +11,7 @@ import zoo
 from torch import Tensor, nn
 
 from siglip_fast import apply_to
-from siglip_fast.models.minicpm import MODULES, _nearest
+from siglip_fast.models.minicpm import MODULES, Positions
 
 TINY = {"hidden_size": 64, "intermediate_size": 100, "num_hidden_layers": 4, "num_attention_heads": 2}
 TINY |= {"image_size": 32, "patch_size": 8, "insert_layer_id": 1}
@@ -109,7 +109,8 @@ def test_positions():
     sizes = torch.tensor([(side, 3) for side in sides], dtype=torch.int32)
     inputs = torch.zeros(1, 3, 8, 8 * 3 * sum(sides))
     expected = embeddings(inputs, target_sizes=sizes) - embeddings.patch_embedding(inputs).flatten(2).transpose(1, 2)
-    actual = torch.cat([_nearest(embeddings, side, 3, torch.device("cpu")) for side in sides])
+    positions = Positions(embeddings).on(torch.device("cpu"))
+    actual, _ = positions.of([(side, 3) for side in sides])
     torch.testing.assert_close(actual, expected[0], atol=1e-5, rtol=0)
 
 
