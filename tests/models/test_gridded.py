@@ -118,6 +118,20 @@ def test_no_image_sees_another(family):
 
 
 @every_family
+@torch.no_grad()
+def test_the_host_reads_once(family, monkeypatch):
+    """The grids and what is beside them, where the sizes are known already."""
+    ours, call = fast(tower(family)), FAMILIES[family].call(MIXED)
+    ours(**call)
+    reads = []
+    for name in ("tolist", "item", "__bool__", "__int__", "__index__"):
+        read = getattr(torch.Tensor, name)
+        monkeypatch.setattr(torch.Tensor, name, lambda self, name=name, read=read: reads.append(name) or read(self))
+    ours(**call)
+    assert reads == ["tolist"]
+
+
+@every_family
 @pytest.mark.parametrize("buffers", [torch.float32, torch.bfloat16])
 @torch.no_grad()
 def test_positions_are_the_buffers(family, buffers):
