@@ -4,8 +4,10 @@ import functools
 import pickle
 
 import pytest
+import recorded
 import torch
 import zoo
+from device import DEVICE
 from gridded_towers import (
     FAMILIES,
     INSTALLED,
@@ -318,6 +320,39 @@ class TestParts:
         ours = fast(stock, backend="cpu")
         for asked in (False, True):
             assert_as(stock, ours, call, output_hidden_states=asked)
+
+    @every_family
+    @torch.no_grad()
+    def test_batch_invariant(self, family, monkeypatch):
+        """With a library whose results depend on the number of rows."""
+        linear = torch.nn.functional.linear
+        monkeypatch.setattr(torch.nn.functional, "linear", lambda x, *args: linear(x, *args) + 1e-3 * x[..., 0].numel())
+        stock, own = tower(family), FAMILIES[family]
+        grids = [(3, 4, 2), (3, 2, 6), (3, 2, 2)]
+        together, alone = own.call(grids), own.call(grids[1:2])
+        pixels = together["pixel_values"].view(72, -1)[24:60]
+        alone["pixel_values"] = pixels.reshape(alone["pixel_values"].shape)
+        for batch_invariant in (True, False):
+            ours = fast(stock, batch_invariant=batch_invariant)
+            for whole, own_rows in zip(ours(**together).to_tuple(), ours(**alone).to_tuple(), strict=True):
+                first = len(whole) * 2 // 5 if family == "kimi_k25" and whole.ndim == 3 else len(whole) // 3
+                same = torch.equal(whole[first : first + len(own_rows)], own_rows)
+                assert same == batch_invariant
+
+
+@every_family
+@torch.no_grad()
+def test_captured(family, monkeypatch):
+    """Each call's positions, and what is made of the last hidden state behind a graph."""
+    recorder, own = recorded.install(monkeypatch), FAMILIES[family]
+    stock = tower(family, num_hidden_layers=1).to(DEVICE)
+    ours = fast(stock, backend="triton")
+    ours.capture([32, 16], max_images=4)
+    for grids, budget in (([(1, 4, 4), (1, 2, 6)], 32), ([(1, 2, 2)], 16), ([(2, 2, 4), (2, 2, 2)], 32)):
+        call = {name: value.to(DEVICE) for name, value in own.call(grids).items()}
+        recorder.replayed.clear()
+        assert zoo.error(zoo.tensors(ours(**call)), zoo.tensors(stock(**call))) < 1e-4
+        assert recorder.replayed == [budget]
 
 
 class TestCompiled:
