@@ -30,7 +30,7 @@ class CapturedPacked(Graphed, Tuned, Packed):
         Args:
             token_budgets: one graph each, of so many patches; they share their memory. An image that NaFlex's processor
                 padded counts one patch more than it has.
-            max_images: of a call; of a video each frame is one.
+            max_images: of a call; of a video each frame is one, unless its frames attend to each other.
 
         Raises:
             ValueError: a budget or max_images is not a positive integer.

@@ -3,6 +3,7 @@
 import copy
 import importlib
 import importlib.util
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -63,7 +64,7 @@ INSTALLED = [family for family in FAMILIES if importlib.util.find_spec(f"transfo
 
 def takes_bounds() -> bool:
     """Whether PaddleOCR-VL's tower is given cu_seqlens, as until transformers 5.6."""
-    return "cu_seqlens" in stock_class("paddleocr_vl").forward.__wrapped__.__wrapped__.__code__.co_varnames[:4]
+    return "cu_seqlens" in inspect.signature(stock_class("paddleocr_vl").forward).parameters
 
 
 def tower(family: str, dtype: torch.dtype = torch.float32, **values) -> nn.Module:

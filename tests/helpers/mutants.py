@@ -248,8 +248,8 @@ _GRIDDED = {
     "frames-joined": ("models/gridded.py", "if self.joins_frames", "if True", "paddleocr_vl.py -k see_each_other"),
     "axes-swapped": (
         "models/gridded.py",
-        "on_device = rotary and upload.add(place)",
-        "on_device = rotary and upload.add(place[:, ::-1])",
+        "on_device = upload.add(place) if",
+        "on_device = upload.add(place[:, ::-1]) if",
         "paddleocr_vl.py -k 'odd_grids and fp32'",
     ),
     "last-state-untied": (

@@ -21,8 +21,7 @@ GATE = {
     "feed/test_processes.py": r"TestDeaths",
     "cli/test_naflex.py": r"is_right\[triton",
     "models/test_qwen3_vl.py": r"fp32-(videos|equal)-triton|stock_is_traced|by_inductor|one_graph\[Qwen3_5",
-    "models/test_kimi_k25.py": r"captured",
-    "models/test_gridded.py": r"triton|registered|one_graph|accuracy\[(fp|bf)16-(long|images)"
+    "models/test_gridded.py": r"triton|captured|registered|one_graph|accuracy\[(fp|bf)16-(long|images)"
     r"|(Reasons|Edits|Parts)::.*(cosmos3|video_llama|paddleocr)",
     # of towers that are alike one stays, of those on the interpreter Phi-4's; two weights edited in each are in test_swap.py
     "models/test_padded.py": r"edits_are_seen|compiled|large_grid|test_positions|batch_invariant|in_parts"

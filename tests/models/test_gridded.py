@@ -4,8 +4,10 @@ import functools
 import pickle
 
 import pytest
+import recorded
 import torch
 import zoo
+from device import DEVICE
 from gridded_towers import (
     FAMILIES,
     INSTALLED,
@@ -115,6 +117,20 @@ def test_no_image_sees_another(family):
         count = len(rows) // 4  # in all families a row is of one patch or of four
         assert rows.sum() == 3 * count // 2
         assert torch.equal(tensor[~rows], before[name][~rows])
+
+
+@every_family
+@torch.no_grad()
+def test_the_host_reads_once(family, monkeypatch):
+    """The grids and what is beside them, where the sizes are known already."""
+    ours, call = fast(tower(family)), FAMILIES[family].call(MIXED)
+    ours(**call)
+    reads = []
+    for name in ("tolist", "item", "__bool__", "__int__", "__index__"):
+        read = getattr(torch.Tensor, name)
+        monkeypatch.setattr(torch.Tensor, name, lambda self, name=name, read=read: reads.append(name) or read(self))
+    ours(**call)
+    assert reads == ["tolist"]
 
 
 @every_family
@@ -304,6 +320,39 @@ class TestParts:
         ours = fast(stock, backend="cpu")
         for asked in (False, True):
             assert_as(stock, ours, call, output_hidden_states=asked)
+
+    @every_family
+    @torch.no_grad()
+    def test_batch_invariant(self, family, monkeypatch):
+        """With a library whose results depend on the number of rows."""
+        linear = torch.nn.functional.linear
+        monkeypatch.setattr(torch.nn.functional, "linear", lambda x, *args: linear(x, *args) + 1e-3 * x[..., 0].numel())
+        stock, own = tower(family), FAMILIES[family]
+        grids = [(3, 4, 2), (3, 2, 6), (3, 2, 2)]
+        together, alone = own.call(grids), own.call(grids[1:2])
+        pixels = together["pixel_values"].view(72, -1)[24:60]
+        alone["pixel_values"] = pixels.reshape(alone["pixel_values"].shape)
+        for batch_invariant in (True, False):
+            ours = fast(stock, batch_invariant=batch_invariant)
+            for whole, own_rows in zip(ours(**together).to_tuple(), ours(**alone).to_tuple(), strict=True):
+                first = len(whole) * 2 // 5 if family == "kimi_k25" and whole.ndim == 3 else len(whole) // 3
+                same = torch.equal(whole[first : first + len(own_rows)], own_rows)
+                assert same == batch_invariant
+
+
+@every_family
+@torch.no_grad()
+def test_captured(family, monkeypatch):
+    """Each call's positions, and what is made of the last hidden state behind a graph."""
+    recorder, own = recorded.install(monkeypatch), FAMILIES[family]
+    stock = tower(family, num_hidden_layers=1).to(DEVICE)
+    ours = fast(stock, backend="triton")
+    ours.capture([32, 16], max_images=4)
+    for grids, budget in (([(1, 4, 4), (1, 2, 6)], 32), ([(1, 2, 2)], 16), ([(2, 2, 4), (2, 2, 2)], 32)):
+        call = {name: value.to(DEVICE) for name, value in own.call(grids).items()}
+        recorder.replayed.clear()
+        assert zoo.error(zoo.tensors(ours(**call)), zoo.tensors(stock(**call))) < 1e-4
+        assert recorder.replayed == [budget]
 
 
 class TestCompiled:

@@ -1,10 +1,7 @@
 """What is Kimi K2.5's own: frames that see each other, positions in time, rotations width first, the pooler's output."""
 
 import pytest
-import recorded
 import torch
-import zoo
-from device import DEVICE
 from gridded_towers import FAMILIES, INSTALLED, MIXED, assert_as, assert_left_to_stock, fast, tower
 
 pytestmark = pytest.mark.skipif("kimi_k25" not in INSTALLED, reason="this transformers has no such tower")
@@ -82,17 +79,3 @@ def test_merge_kernel(kernel, reason):
             assert reason in model.why_not(**call)
         else:
             assert_as(stock, model, call)
-
-
-@torch.no_grad()
-def test_captured(monkeypatch):
-    """Each call's positions, and what is made of the last hidden state behind a graph."""
-    recorder = recorded.install(monkeypatch)
-    stock = tower("kimi_k25", num_hidden_layers=1).to(DEVICE)
-    ours = fast(stock, backend="triton")
-    ours.capture([32, 16], max_images=2)
-    for grids, budget in (([(1, 4, 4), (1, 2, 6)], 32), ([(1, 2, 2)], 16), ([(2, 2, 4), (2, 2, 2)], 32)):
-        call = {name: value.to(DEVICE) for name, value in OWN.call(grids).items()}
-        recorder.replayed.clear()
-        assert zoo.error(zoo.tensors(ours(**call)), zoo.tensors(stock(**call))) < 1e-4
-        assert recorder.replayed == [budget]
