@@ -43,9 +43,8 @@ class TowerWeights(NamedTuple):
     num_heads: int
     activation: str = "tanh"  # GELU's form
     merger: MergerWeights | None = None
-    shrink: LayerWeights | None = (
-        None  # a layer among the others whose fc1 takes some neighbouring rows, which become one
-    )
+    # A layer among the others whose fc1 takes some neighbouring rows, which become one
+    shrink: LayerWeights | None = None
     taps: Mapping[int, MergerWeights] = MappingProxyType({})  # by the number of layers before it
 
 
