@@ -76,6 +76,7 @@ def of_layers(
     layers_at: tuple[str, ...] = ("encoder", "layers"),
     attention_name: str = "self_attn",
     rotates: bool = True,
+    activation: str = "gelu_pytorch_tanh",
     watched: tuple[str, ...] = (),
     check: Callable[[nn.Module], None] = lambda tower: None,
 ) -> Anatomy:
@@ -88,8 +89,8 @@ def of_layers(
         if not len(layers):
             raise Unsupported("there are no layers")
         activations = [child for child in expected[0].mlp.children() if not isinstance(child, nn.Linear)]
-        if [*map(type, activations)] != [type(ACT2FN["gelu_pytorch_tanh"])]:
-            raise Unsupported(f"hidden_act is {tower.config.hidden_act!r}, not 'gelu_pytorch_tanh'")
+        if [*map(type, activations)] != [type(ACT2FN[activation])]:
+            raise Unsupported(f"hidden_act is {tower.config.hidden_act!r}, not {activation!r}")
         head_dim = getattr(expected[0], attention_name).head_dim
         check_head_dim(head_dim)
         if rotates and head_dim % 4:

@@ -11,7 +11,6 @@ _OTHERS = {
     "Ernie4_5_VLMoeVisionTransformerPretrainedModel": ("ernie4_5_vl_moe", _QUICK_GELU),
     "HunYuanVLVisionTransformer": ("hunyuan_vl", _ERF),
     "HYV4VLVisionModel": ("hy_v4_vl", _ERF),
-    "GlmImageVisionModel": ("glm_image", _ERF),
     "MiniMaxM3VLVisionModel": ("minimax_m3_vl", "rotary positions of three axes, on a part of each head"),
     "MuseGlimmerVisionModel": ("muse_glimmer", "most of its layers attend in windows"),
     "MuseSparkVisionModel": ("muse_spark", "most of its layers attend in windows"),

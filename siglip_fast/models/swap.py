@@ -49,6 +49,7 @@ _FAST = {
     "transformers.models.kimi_k25.modeling_kimi_k25.Kimi_K25VisionModel": "kimi_k25",
     "transformers.models.video_llama_3.modeling_video_llama_3.VideoLlama3VisionModel": "video_llama_3",
     "transformers.models.cosmos3_edge.modeling_cosmos3_edge.Cosmos3EdgeVisionModel": "cosmos3_edge",
+    "transformers.models.glm_image.modeling_glm_image.GlmImageVisionModel": "glm_image",
 }
 
 
@@ -135,23 +136,12 @@ def register() -> None:
     The patch mapping knows names only: remote code's own class called SiglipVisionModel is replaced, too. And it puts
     classes into transformers' modules while a model is built, so models should be built one after the other.
     """
-    from . import (
-        cosmos3_edge,
-        granite_docling,
-        idefics,
-        janus,
-        kimi_k25,
-        minicpm,
-        molmo2,
-        paddleocr_vl,
-        phi4,
-        qwen3_vl,
-        video_llama_3,
-    )
+    from . import paddleocr_vl
     from .siglip import SiglipVisionModel
     from .siglip2 import Siglip2VisionModel
 
-    families = (qwen3_vl, kimi_k25, video_llama_3, cosmos3_edge, idefics, phi4, molmo2, granite_docling, minicpm, janus)
+    modules = {home for home in _FAST.values() if home not in ("siglip", "siglip2", "timm", "paddleocr_vl")}
+    families = [importlib.import_module(f".{home}", __package__) for home in sorted(modules)]
     by_auto_model = [SiglipVisionModel, Siglip2VisionModel, *(cls for family in families for cls in family.installed())]
     fast = [*by_auto_model, *paddleocr_vl.installed()]  # of which AutoModel builds the module around it
     # Anchored, because the names are taken for patterns: SiglipVisionModelOutput begins so, too.

@@ -60,7 +60,7 @@ class TestCases:
 
     def test_an_unknown_extent(self, monkeypatch):
         monkeypatch.setenv("SIGLIP_FAST_BENCH", "all")
-        with pytest.raises(ValueError, match="expected quick, second or full"):
+        with pytest.raises(ValueError, match="expected quick, second, full or robots"):
             cases.extent()
 
 

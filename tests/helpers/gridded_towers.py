@@ -29,9 +29,12 @@ class Family(NamedTuple):
     row: tuple[int, ...]  # a patch's pixels
     side: int = 2  # of the squares that a grid has to consist of
     takes_beside: bool = False  # merge_sizes
+    images_only: bool = False  # frames of videos are images then
 
     def call(self, grids: Grids, dtype: torch.dtype = torch.float32, merges: Sequence[int] | None = None) -> Call:
         """The forward's arguments. A few columns of the pixels dwarf the others."""
+        if self.images_only:
+            grids = [(min(t, 1), h, w) for t, h, w in grids for _ in range(max(t, 1))]
         count = sum(t * h * w for t, h, w in grids)
         rows = torch.randn(count, 48, generator=torch.Generator().manual_seed(1))
         rows[:, ::16] *= 30
@@ -47,10 +50,12 @@ class Family(NamedTuple):
         return call
 
 
+GLM_IMAGE = {"depth": 3, "num_heads": 2, "image_size": 40, "spatial_merge_size": 2}
 FAMILIES = {
     "paddleocr_vl": Family("PaddleOCRVisionTransformer", {"image_size": 40}, (3, 4, 4), side=1),
     "kimi_k25": Family("Kimi_K25VisionModel", {"pos_emb_height": 10, "pos_emb_width": 10}, (3, 4, 4)),
     "video_llama_3": Family("VideoLlama3VisionModel", {}, (48,), takes_beside=True),
+    "glm_image": Family("GlmImageVisionModel", GLM_IMAGE, (48,), images_only=True),
     "cosmos3_edge": Family("Cosmos3EdgeVisionModel", {"num_patches": 100}, (48,)),
 }
 

@@ -45,7 +45,8 @@ def case(family, grids, dtype):
 
 
 def layers_of(model):
-    return model.layers if hasattr(model, "layers") else model.encoder.layers
+    own = getattr(model, "layers", None) or getattr(model, "blocks", None)
+    return model.encoder.layers if own is None else own
 
 
 def attention_of(layer):
@@ -247,8 +248,8 @@ class TestReasons:
     @every_family
     @torch.no_grad()
     def test_activation_of_the_config(self, family):
-        ours = fast(tower(family, hidden_act="gelu"))
-        assert "hidden_act is 'gelu'" in ours.why_not(**FAMILIES[family].call(FEW))
+        ours = fast(tower(family, hidden_act="relu"))
+        assert "hidden_act is 'relu'" in ours.why_not(**FAMILIES[family].call(FEW))
 
     @every_family
     def test_gradients_are_stocks(self, family):
@@ -378,6 +379,8 @@ class TestInAModel:
         """Built by AutoModel, or where transformers can patch the names of classes."""
         if swap._monkey_patching() is None and family != "video_llama_3":
             pytest.skip("this transformers names the class, unpatched")
+        if family not in zoo.ZOO:
+            pytest.skip("no model around it")
         model, _ = zoo.build(family)
         siglip_fast.register()
         try:
