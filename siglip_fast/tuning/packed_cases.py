@@ -22,12 +22,23 @@ ERF = ACTIVATIONS.index("erf")
 SHARES = (1, 15, 64, 100, 64, 33)  # of the longest image, in percent
 LONGEST, PATCHES = 1000, 256  # of a mix; of the longest image of which only their number is known
 Named = tuple[str, tuple[int, ...]]
-# Of towers on grids that merge nothing by an operation: taps of a row's position, whether Q and K are rotated; by model_type
-GRIDDED = {
-    "paddleocr_vl_vision": (4, True),
-    "kimi_k25_vision": (1, True),
-    "video_llama_3_vision": (1, True),
-    "cosmos3_edge_vision": (1, False),
+
+
+class Gridded(NamedTuple):
+    """Of a tower on grids that merges nothing by an operation."""
+
+    taps: int  # of a row's position
+    rotates: bool  # Q and K
+    activation: int = TANH
+    is_normed: bool = True  # behind the last layer
+
+
+GRIDDED = {  # by model_type
+    "paddleocr_vl_vision": Gridded(4, True),
+    "kimi_k25_vision": Gridded(1, True),
+    "video_llama_3_vision": Gridded(1, True),
+    "cosmos3_edge_vision": Gridded(1, False),
+    "glm_image_vision": Gridded(4, False, ERF, is_normed=False),
 }
 
 
@@ -100,13 +111,16 @@ def cases(config: PretrainedConfig, dtype: torch.dtype, rows: int) -> list[Case]
     return [Case(Operation(name, dims, dtype), count) for count, named in groups.items() for name, dims in named]
 
 
-def _layers(D: int, F: int, H: int, rotation: tuple[int, ...] = ()) -> list[Named]:
+def _layers(D: int, F: int, H: int, rotation: tuple[int, ...] = (), activation: int = TANH) -> list[Named]:
     """A layer's, on rows."""
     return [
         ("layernorm_linear", (3 * D, D, PLAIN, *rotation)),
         ("attention_segments", (H, D // H)),
         ("linear_residual", (D, D, True)),
-        ("layernorm_linear", (F, D, TANH)),
+        (
+            "layernorm_linear",
+            (F, D, activation, *(() if activation == TANH else (1, 0))),
+        ),  # as the triton backend names them
         ("linear_residual", (D, F, True)),
     ]
 
@@ -133,10 +147,12 @@ def _merging(config: PretrainedConfig, rows: int) -> dict[int, list[Named]]:
 
 
 def _gridded(config: PretrainedConfig) -> list[Named]:
-    D, F, H, p = config.hidden_size, config.intermediate_size, config.num_attention_heads, config.patch_size
-    taps, rotates = GRIDDED[config.model_type]
-    layers = _layers(D, F, H, rotation=(1, D // H) if rotates else ())
-    return [("patch_embed_rows", (D, getattr(config, "num_channels", 3) * p * p, taps)), *layers, ("layernorm", (D,))]
+    D, F, own = config.hidden_size, config.intermediate_size, GRIDDED[config.model_type]
+    H = config.num_heads if hasattr(config, "num_heads") else config.num_attention_heads
+    layers = _layers(D, F, H, (1, D // H) if own.rotates else (), own.activation)
+    K = getattr(config, "num_channels", 3) * config.patch_size**2
+    last = [("layernorm", (D,))] if own.is_normed else []
+    return [("patch_embed_rows", (D, K, own.taps)), *layers, *last]
 
 
 def inputs(case: Case, device: torch.device) -> tuple:
