@@ -27,7 +27,7 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def served(command: Sequence[str], port: int, health: str, log: Path, variables: Mapping[str, str]) -> Iterator[None]:
+def serving(command: Sequence[str], port: int, health: str, log: Path, variables: Mapping[str, str]) -> Iterator[None]:
     """Runs a server until the block is left; fails with the end of its log where it does not come up."""
     with log.open("wb") as output:
         environment = {**os.environ, **variables}

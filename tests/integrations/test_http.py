@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from over_http import data_url, free_port, picture, post, served
-from served import siglip
+from over_http import data_url, free_port, picture, post, serving
+from whole_checkpoints import siglip
 
 PAGE = (Path(__file__).parents[2] / "docs" / "http.md").read_text()
 IMAGES = [picture(0), picture(1, (40, 170)), picture(2, (48, 48))]
@@ -72,17 +72,18 @@ def test_litserve(tmp_path, checkpoint, expected):
     port, log = free_port(), tmp_path / "log"
     file = script("LitServe", tmp_path, checkpoint)
     file.write_text(file.read_text().replace("port=8000", f"port={port}"))
-    with served([sys.executable, str(file)], port, "/health", log, {}):
+    with serving([sys.executable, str(file)], port, "/health", log, {}):
         actual = [post(port, "/predict", {"image": encoded(image)})["embedding"] for image in IMAGES]
     assert_same(actual, expected, log)
 
 
 @engine("ray")
+@engine("starlette")  # of ray[serve]
 def test_ray_serve(tmp_path, checkpoint, expected):
     log, port = tmp_path / "log", 8000  # where the command listens
     script("Ray Serve", tmp_path, checkpoint)
     command = [str(BIN / "serve"), "run", "--app-dir", str(tmp_path), "server:app"]
-    with served(command, port, "/-/healthz", log, {}):
+    with serving(command, port, "/-/healthz", log, {}):
         actual = [post(port, "/", {"image": encoded(image)})["embedding"] for image in IMAGES]
     assert_same(actual, expected, log)
 
@@ -95,7 +96,7 @@ def test_infinity(tmp_path, checkpoint):
     for name, start in {"stock": [str(BIN / "infinity_emb")], "ours": ours}.items():
         port, log = free_port(), tmp_path / name
         command = [*start, "v2", "--model-id", str(checkpoint), "--port", str(port)]
-        with served(command, port, "/health", log, {"HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1"}):
+        with serving(command, port, "/health", log, {"HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1"}):
             images = {"input": [*map(data_url, IMAGES)], "modality": "image"}
             asked = [
                 post(port, "/embeddings", {"model": "checkpoint", **body}) for body in (images, {"input": ["a cat"]})

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from over_http import data_url, free_port, picture, post, served
+from over_http import data_url, free_port, picture, post, serving
 
 from siglip_fast.models.reasons import GRADIENTS
 
@@ -36,15 +36,15 @@ def ask(checkpoint: Path, plugin: bool, log: Path, requests, *arguments: str) ->
     command = [str(Path(sys.executable).with_name("vllm")), "serve", str(checkpoint), "--port", str(port)]
     command += ["--dtype", "float32", "--max-model-len", "256", "--max-num-seqs", "4", *arguments]
     environment = ENVIRONMENT | {"SIGLIP_FAST_PLUGIN": str(int(plugin))}
-    with served(command, port, "/health", log, environment):
+    with serving(command, port, "/health", log, environment):
         return [post(port, path, body) for path, body in requests]
 
 
 def both(model: str, tmp_path: Path, requests, *arguments: str) -> tuple[list, list, str]:
     """The answers with the plugin off and on, and the latter's log."""
-    import served as checkpoints
+    import whole_checkpoints  # it takes a tokenizer's library, which is there where vLLM is
 
-    checkpoint = getattr(checkpoints, model)(tmp_path / model)
+    checkpoint = getattr(whole_checkpoints, model)(tmp_path / model)
     off, on = (ask(checkpoint, plugin, tmp_path / f"{plugin}.log", requests, *arguments) for plugin in (False, True))
     return off, on, (tmp_path / "True.log").read_text(errors="replace")
 
