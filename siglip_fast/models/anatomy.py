@@ -168,13 +168,16 @@ def layer_view(norms: Sequence[nn.Module], qkv: nn.Module, out_proj: nn.Module, 
     return types.SimpleNamespace(self_attn=attention, mlp=mlp, layer_norm1=norms[0], layer_norm2=norms[1])
 
 
+def packed_embeddings(projection: nn.Module, patch_size: int) -> Any:
+    """Embeddings of a tower on packed rows, under the names of transformers' SigLIP: for no number of patches in particular."""
+    return types.SimpleNamespace(patch_embedding=projection, patch_size=patch_size, num_patches=1)
+
+
 def siglip_view(tower: nn.Module, rotates: bool = True) -> Any:
     """A tower on packed rows whose modules have the names of transformers' SigLIP."""
     embeddings = tower.embeddings
     return types.SimpleNamespace(
-        embeddings=types.SimpleNamespace(
-            patch_embedding=embeddings.patch_embedding, patch_size=embeddings.patch_size, num_patches=1
-        ),
+        embeddings=packed_embeddings(embeddings.patch_embedding, embeddings.patch_size),
         encoder=tower.encoder,
         post_layernorm=tower.post_layernorm,
         rotates=rotates,

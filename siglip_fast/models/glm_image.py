@@ -17,7 +17,7 @@ from ..forward import PackedOutputs
 from ..ops import Position
 from ..running.grids import Grid
 from ..running.packing import Upload
-from .anatomy import Unsupported, layer_view, of_layers
+from .anatomy import Unsupported, layer_view, of_layers, packed_embeddings
 from .gridded import Gridded, output_of, resized_bilinearly, whole_squares
 from .on_demand import fast_class, on_demand
 from .weights import Derived
@@ -72,7 +72,7 @@ def _view(tower: nn.Module) -> types.SimpleNamespace:
     """The tower under the names of transformers' SigLIP."""
     proj = tower.patch_embed.proj
     return types.SimpleNamespace(
-        embeddings=types.SimpleNamespace(patch_embedding=proj, patch_size=proj.kernel_size[-1], num_patches=1),
+        embeddings=packed_embeddings(proj, proj.kernel_size[-1]),
         encoder=types.SimpleNamespace(layers=[_layer(block) for block in tower.blocks]),
         post_layernorm=None,
         activation="erf",

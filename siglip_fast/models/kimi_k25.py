@@ -19,7 +19,7 @@ from ..forward import PackedOutputs
 from ..ops import Position
 from ..running.grids import Grid, squares
 from ..running.packing import Upload, ranges
-from .anatomy import Unsupported, of_layers
+from .anatomy import Unsupported, of_layers, packed_embeddings
 from .gridded import Gridded, whole_squares
 from .on_demand import fast_class, on_demand
 from .resized import ResizedPositions
@@ -120,7 +120,7 @@ def _view(tower: nn.Module) -> types.SimpleNamespace:
     """The tower under the names of transformers' SigLIP."""
     proj = tower.patch_embed.proj
     return types.SimpleNamespace(
-        embeddings=types.SimpleNamespace(patch_embedding=proj, patch_size=proj.kernel_size[-1], num_patches=1),
+        embeddings=packed_embeddings(proj, proj.kernel_size[-1]),
         encoder=types.SimpleNamespace(layers=[_layer(layer) for layer in tower.layers]),
         post_layernorm=tower.final_layernorm,
         rotates=True,

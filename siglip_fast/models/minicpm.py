@@ -20,7 +20,7 @@ from ..forward import Packing, Shrink
 from ..ops import Position
 from ..running.grids import places, read
 from ..running.packing import Upload, add_segments
-from .anatomy import Anatomy, Unsupported, compare, of_transformers
+from .anatomy import Anatomy, Unsupported, compare, of_transformers, packed_embeddings
 from .base import Built
 from .on_demand import fast_class, on_demand
 from .outputs import in_asked_form
@@ -210,7 +210,7 @@ def _view(tower: nn.Module) -> types.SimpleNamespace:
         mlp=types.SimpleNamespace(fc1=merger.linear_1, fc2=merger.linear_2),
     )
     return types.SimpleNamespace(
-        embeddings=types.SimpleNamespace(patch_embedding=conv, patch_size=conv.kernel_size[0], num_patches=1),
+        embeddings=packed_embeddings(conv, conv.kernel_size[0]),
         encoder=tower.encoder,
         post_layernorm=tower.post_layernorm,
         shrink=shrink,

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..backends.select import is_capturing
 from ..forward import Packing
 from ..ops import Position
-from ..running.packing import TILE_ROWS
+from ..running.packing import tile_rows
 from .base import Fused
 from .outputs import HiddenStates, asked_for
 from .reasons import attention_reasons, autocast_dtype, keyword_reasons
@@ -56,7 +56,7 @@ class Sized(Fused):
 
     def _tile_rows(self, derived: Derived) -> tuple[int, ...]:
         """Of the tiles that attention's schedule is for."""
-        return TILE_ROWS if derived.ops.backend == "triton" else ()
+        return tile_rows(derived.ops.backend)
 
     def _hidden_states(self, kwargs: dict[str, Any], layers: int) -> HiddenStates | None:
         """What collects them, where they were asked for."""

@@ -18,7 +18,7 @@ from ..forward import PackedOutputs
 from ..ops import Position
 from ..running.grids import Grid
 from ..running.packing import Upload
-from .anatomy import Unsupported, layer_view, of_layers
+from .anatomy import Unsupported, layer_view, of_layers, packed_embeddings
 from .gridded import Gridded, resized_bilinearly, whole_squares
 from .on_demand import fast_class, on_demand
 from .weights import Derived
@@ -129,7 +129,7 @@ def _view(tower: nn.Module) -> types.SimpleNamespace:
         indexes = [*tower.deepstack_visual_indexes]
         taps = {i + 1: tower.deepstack_merger_list[indexes.index(i)] for i in range(len(tower.blocks)) if i in indexes}
     return types.SimpleNamespace(
-        embeddings=types.SimpleNamespace(patch_embedding=proj, patch_size=proj.kernel_size[-1], num_patches=1),
+        embeddings=packed_embeddings(proj, proj.kernel_size[-1]),
         encoder=types.SimpleNamespace(layers=[_layer(block) for block in tower.blocks]),
         post_layernorm=None,
         rotates=True,

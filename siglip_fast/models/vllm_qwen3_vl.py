@@ -16,8 +16,8 @@ from vllm.model_executor.models import qwen2_5_vl, qwen3_vl
 from ..forward import Packing
 from ..ops import Rotation
 from ..running.grids import Grid, frames, places, read
-from ..running.packing import TILE_ROWS, Upload, add_segments
-from .anatomy import Anatomy, Unsupported, check_head_dim, check_tensors, layer_view
+from ..running.packing import Upload, add_segments, tile_rows
+from .anatomy import Anatomy, Unsupported, check_head_dim, check_tensors, layer_view, packed_embeddings
 from .gridded import resized_bilinearly
 from .packed import joined, together
 from .vllm_tower import PARAMETERS, VllmTower, check_parts
@@ -55,7 +55,7 @@ def view(tower: nn.Module) -> SimpleNamespace:
     """The tower under the names of transformers' SigLIP, and what it has beside."""
     proj, taps = tower.patch_embed.proj, zip(tower.deepstack_visual_indexes, tower.deepstack_merger_list, strict=True)
     return SimpleNamespace(
-        embeddings=SimpleNamespace(patch_embedding=proj, patch_size=proj.kernel_size[-1], num_patches=1),
+        embeddings=packed_embeddings(proj, proj.kernel_size[-1]),
         encoder=SimpleNamespace(layers=[_layer(block) for block in tower.blocks]),
         post_layernorm=None,
         rotates=True,
@@ -130,8 +130,8 @@ class Qwen3_VisionTransformer(VllmTower, qwen3_vl.Qwen3_VisionTransformer):  # n
         place, upload = places(grids, self.spatial_merge_size), Upload()
         position = resized_bilinearly(self.pos_embed.weight, self.num_grid_per_side, True, grids, place, upload)
         on_device = upload.add(place)
-        lengths, tile_rows = frames(grids), TILE_ROWS if derived.ops.backend == "triton" else ()
-        segments = add_segments(upload, np.cumsum(lengths) - lengths, lengths, lengths, tile_rows)
+        lengths, rows = frames(grids), tile_rows(derived.ops.backend)
+        segments = add_segments(upload, np.cumsum(lengths) - lengths, lengths, lengths, rows)
         upload.send(self.device)
         table = derived.kept(rotary_table, self.rotary_pos_emb)
         return Packing(segments(), position(), rotation=Rotation(table, on_device()))

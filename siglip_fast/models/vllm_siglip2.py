@@ -12,7 +12,7 @@ from vllm.model_executor.models import lfm2_siglip2
 
 from ..forward import Packing
 from ..ops import Position
-from ..running.packing import TILE_ROWS, Upload, add_segments, ranges
+from ..running.packing import Upload, add_segments, ranges, tile_rows
 from .resized import ResizedPositions
 from .vllm_tower import VllmTower, siglip_anatomy
 from .weights import Derived
@@ -85,7 +85,7 @@ class Siglip2VisionTransformer(VllmTower, lfm2_siglip2.Siglip2VisionTransformer)
         lengths, upload = np.array(shapes).prod(1), Upload()
         table, offsets = derived.kept(_Positions, self.embeddings).of(shapes)
         index = upload.add(ranges(offsets, lengths)[:, None])
-        tile_rows = TILE_ROWS if derived.ops.backend == "triton" else ()
-        segments = add_segments(upload, np.cumsum(lengths) - lengths, lengths, lengths, tile_rows)
+        rows = tile_rows(derived.ops.backend)
+        segments = add_segments(upload, np.cumsum(lengths) - lengths, lengths, lengths, rows)
         upload.send(self.embeddings.position_embedding.weight.device)
         return Packing(segments(), Position(table, index()))

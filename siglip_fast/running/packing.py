@@ -15,6 +15,11 @@ from ..ops import Segments
 TILE_ROWS = (16, 32, 64, 128)  # that a tile of the triton backend's attention may have
 
 
+def tile_rows(backend: str) -> tuple[int, ...]:
+    """Of the tiles that attention's schedule has to be for on this backend."""
+    return TILE_ROWS if backend == "triton" else ()
+
+
 class Upload:
     """int32 and float32 arrays that reach a device in one copy."""
 

@@ -5,6 +5,7 @@ import importlib
 import pytest
 import torch
 import transformers
+from stock_towers import without_neutral_values
 from torch import Tensor, nn
 
 SIZE = {"hidden_size": 64, "intermediate_size": 100, "num_hidden_layers": 3, "num_attention_heads": 2, "patch_size": 8}
@@ -45,14 +46,4 @@ def _tower(part: str, name: str, **values) -> nn.Module:
     stock = getattr(home, name)
     config = stock.config_class(**{key: value for key, value in (SIZE | values).items() if value is not None})
     config._attn_implementation = "sdpa"
-    tower = stock(config)
-    for name, parameter in tower.named_parameters():
-        if name.endswith("bias"):
-            nn.init.normal_(parameter, 0, 0.2)
-        elif "norm" in name or "ln_" in name:
-            nn.init.normal_(parameter, 1, 0.4)
-        elif "position" in name:
-            nn.init.normal_(parameter)
-        else:  # scores that tell keys from each other
-            nn.init.normal_(parameter, 0, (2 if "q_proj" in name else 1) * parameter[0].numel() ** -0.5)
-    return tower.eval()
+    return without_neutral_values(stock(config))

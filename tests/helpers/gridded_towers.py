@@ -12,6 +12,7 @@ import pytest
 import torch
 import zoo
 from reference import assert_accurate
+from stock_towers import without_neutral_values
 from torch import Tensor, nn
 
 from siglip_fast import apply_to
@@ -78,18 +79,7 @@ def tower(family: str, dtype: torch.dtype = torch.float32, **values) -> nn.Modul
     torch.manual_seed(0)
     config = stock.config_class(**SIZE | FAMILIES[family].values | values)
     config._attn_implementation = "sdpa"
-    model = stock(config)
-    for name, parameter in model.named_parameters():
-        if name.endswith("bias"):
-            nn.init.normal_(parameter, 0, 0.2)
-        elif "norm" in name:
-            nn.init.normal_(parameter, 1, 0.4)
-        elif "position_embedding" in name:
-            nn.init.normal_(parameter)
-        else:  # scores that tell keys from each other
-            is_score = "q_proj" in name or "k_proj" in name
-            nn.init.normal_(parameter, 0, (2 if is_score else 1) * parameter[0].numel() ** -0.5)
-    return model.eval().to(dtype)
+    return without_neutral_values(stock(config), scores=("q_proj", "k_proj")).to(dtype)
 
 
 def fast(stock, **kwargs):

@@ -3,6 +3,7 @@
 import importlib
 
 import torch
+from stock_towers import without_neutral_values
 from torch import Tensor, nn
 
 from siglip_fast.models import qwen3_vl
@@ -33,17 +34,7 @@ def qwen3_vl_tower(name="Qwen3VLVisionModel", dtype=torch.float32, **values):
     torch.manual_seed(0)
     config = stock.config_class(**QWEN3_VL | values)
     config._attn_implementation = "sdpa"
-    tower = stock(config)
-    for name, parameter in tower.named_parameters():
-        if name.endswith("bias"):
-            nn.init.normal_(parameter, 0, 0.2)
-        elif "norm" in name or "ln_q" in name:
-            nn.init.normal_(parameter, 1, 0.4)
-        elif "pos_embed" in name:
-            nn.init.normal_(parameter)
-        else:  # scores that tell keys from each other
-            nn.init.normal_(parameter, 0, (2 if "qkv" in name else 1) * parameter[0].numel() ** -0.5)
-    return tower.eval().to(dtype)
+    return without_neutral_values(stock(config), scores=("qkv",)).to(dtype)
 
 
 def qwen3_vl_inputs(grids=MIXED, dtype=torch.float32, width=QWEN3_VL_K):
@@ -69,17 +60,7 @@ def padded_tower(name: str, **values) -> nn.Module:
     torch.manual_seed(0)
     config = stock.config_class(**PADDED | values)
     config._attn_implementation = "sdpa"
-    tower = stock(config)
-    for name, parameter in tower.named_parameters():
-        if name.endswith("bias"):
-            nn.init.normal_(parameter, 0, 0.2)
-        elif "norm" in name:
-            nn.init.normal_(parameter, 1, 0.4)
-        elif "position" in name:
-            nn.init.normal_(parameter)
-        else:  # scores that tell keys from each other
-            nn.init.normal_(parameter, 0, (2 if "q_proj" in name else 1) * parameter[0].numel() ** -0.5)
-    return tower.eval()
+    return without_neutral_values(stock(config))
 
 
 def padded_inputs(shapes: list[tuple[int, int]], grid: tuple[int, int], fill: float | None = 0.0) -> dict[str, Tensor]:
