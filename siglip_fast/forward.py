@@ -3,6 +3,7 @@
 `forward` is for images of one size, `forward_packed` for images of any size, packed. Both read about like the models.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import NamedTuple
@@ -186,11 +187,19 @@ def _merged(ops: Ops, merger: MergerWeights, x: Tensor, m: Tensor | None) -> Ten
     return ops.linear(h, merger.fc2)
 
 
-def forward_in_autocast(ops: Ops, weights: TowerWeights, pixel_values: Tensor, *args, **kwargs) -> Outputs:
-    """`forward` inside torch.autocast, on weights of its dtype. As there the residual stream, which takes the dtype of
-    `position`, and last_hidden_state are float32; pooler_output, which linears compute, has autocast's dtype."""
-    with torch.autocast(pixel_values.device.type, enabled=False):  # the operations choose their own dtypes
-        return forward(ops, weights, pixel_values, *args, **kwargs)
+def _in_autocast(forward: Callable) -> Callable:
+    """`forward` inside torch.autocast, on weights of its dtype. As there the residual stream, which takes the dtype of the
+    positions, and last_hidden_state are float32; what linears compute behind them has autocast's dtype."""
+
+    @functools.wraps(forward)
+    def run(ops: Ops, weights: TowerWeights, pixels: Tensor, *args, **kwargs):
+        with torch.autocast(pixels.device.type, enabled=False):  # the operations choose their own dtypes
+            return forward(ops, weights, pixels, *args, **kwargs)
+
+    return run
+
+
+forward_in_autocast, forward_packed_in_autocast = _in_autocast(forward), _in_autocast(forward_packed)
 
 
 def _parts(ops: Ops, pixel_values: Tensor, tokens: int) -> list[Tensor] | None:

@@ -67,6 +67,8 @@ class Sized(Fused):
 class Packed(Sized):
     """Those that read the sizes in every call."""
 
+    autocasts: ClassVar[bool] = False  # whether stock's dtypes under torch.autocast are those of the fused forward
+
     def _call_reasons(self, pixel_values: Tensor, *args, **kwargs) -> Iterator[str]:
         yield from super()._call_reasons(pixel_values, *args, **kwargs)
         if torch.compiler.is_compiling():
@@ -75,8 +77,8 @@ class Packed(Sized):
             return  # what follows it cannot trace; autocast has been looked at
         if is_capturing(pixel_values):
             yield "the sizes of images cannot be read inside a CUDA graph"
-        if dtype := autocast_dtype(pixel_values.device):
-            yield f"autocast to {dtype} is active, on images of any size"
+        if not self.autocasts and (dtype := autocast_dtype(pixel_values.device)):
+            yield f"autocast to {dtype} is active, of which this tower's fused forward has not stock's dtypes"
 
 
 def together(lengths: Sequence[int], most: int | None) -> list[slice]:

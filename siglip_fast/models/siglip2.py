@@ -52,6 +52,7 @@ class Siglip2Tower(Traced, CapturedPacked):
     """What makes a SigLIP 2 NaFlex tower of transformers fast: mixed into the stock class, before it."""
 
     mask_name = "pixel_attention_mask"
+    autocasts = True
 
     def forward(
         self,

@@ -24,6 +24,7 @@ from ..forward import (
     forward,
     forward_in_autocast,
     forward_packed,
+    forward_packed_in_autocast,
 )
 from ..ops import Linear, Norm, NormedLinear, Ops, PatchEmbedding, Pool
 from ..running.graphs import Graphs
@@ -53,6 +54,7 @@ class Derived:
         self._anatomy = anatomy
         self.ops = Ops(backend, _selection_on, batch_invariant)
         self.forward = forward if dtype is None else forward_in_autocast
+        self._forward_packed = forward_packed if dtype is None else forward_packed_in_autocast
         self.weights: TowerWeights | None = None
         self.graphs: Graphs | PackedGraphs | None = None  # CUDA graphs that read them
         self._uint8: dict[Normalization, TowerWeights] = {}
@@ -102,7 +104,7 @@ class Derived:
         self, pixel_rows: Tensor, packing: Packing, collect: Callable[[Tensor], None] | None = None
     ) -> PackedOutputs:
         """`siglip_fast.forward.forward_packed` on these weights."""
-        return forward_packed(self.ops, self.weights, pixel_rows, packing, collect)
+        return self._forward_packed(self.ops, self.weights, pixel_rows, packing, collect)
 
     def kept(self, make: Callable[..., Any], *args: Any) -> Any:
         """`make(*args)`, made once for these weights."""

@@ -7,7 +7,9 @@ import pytest
 import reference
 import torch
 from models import TINY, drop_in, stock_model
-from transformers import SiglipVisionConfig
+from packed_towers import naflex_inputs
+from stock_towers import without_neutral_values
+from transformers import Siglip2VisionConfig, Siglip2VisionModel, SiglipVisionConfig
 
 from siglip_fast import apply_to
 
@@ -149,6 +151,64 @@ def test_what_is_left_to_stock(stock, pixels):
     with torch.autocast("cpu", BF16), torch.enable_grad():
         assert "gradients are needed" in ours.why_not(pixels)
         assert ours(pixels).pooler_output.requires_grad
+
+
+@pytest.fixture(scope="module")
+def naflex():
+    torch.manual_seed(0)
+    config = Siglip2VisionConfig(num_hidden_layers=3)  # of base
+    config._attn_implementation = "sdpa"
+    return without_neutral_values(Siglip2VisionModel(config).eval())
+
+
+@pytest.fixture(scope="module")
+def images():
+    return naflex_inputs([(5, 7), (3, 3), (6, 8)], rows=48, patch=768)
+
+
+class TestNaFlex:
+    """SigLIP 2's tower for images of any size."""
+
+    @torch.no_grad()
+    def test_accuracy(self, naflex, images, backend):
+        ours = apply_to(copy.deepcopy(naflex), backend=backend, strict=True)
+        exact = copy.deepcopy(naflex).double()(**images | {"pixel_values": images["pixel_values"].double()})
+        with torch.autocast("cpu", BF16):
+            actual, same = ours(**images), naflex(**images)
+        for name in ("last_hidden_state", "pooler_output"):
+            reference.assert_accurate(actual[name], exact[name], same[name])
+
+    @pytest.mark.parametrize("dtype", [torch.float32, BF16, torch.float64], ids=str)
+    @torch.no_grad()
+    def test_dtypes_are_stocks(self, naflex, images, dtype, backend):
+        ours = apply_to(copy.deepcopy(naflex), backend=backend, strict=True)
+        given = images | {"pixel_values": images["pixel_values"].to(dtype)}
+        with torch.autocast("cpu", BF16):
+            actual, expected = (model(**given, output_hidden_states=True) for model in (ours, naflex))
+        assert actual.keys() == expected.keys()
+        for a, b in zip(*(torch.utils._pytree.tree_leaves(dict(o)) for o in (actual, expected)), strict=True):
+            assert a.dtype == b.dtype
+            assert reference.relative_error(a, b) < 0.05
+
+    @torch.no_grad()
+    def test_weights_of_both_dtypes(self, naflex, images):
+        ours = apply_to(copy.deepcopy(naflex), strict=True)
+        outside = ours(**images).pooler_output
+        with torch.autocast("cpu", BF16):
+            inside = ours(**images).pooler_output
+            with torch.autocast("cpu", enabled=False):
+                assert torch.equal(ours(**images).pooler_output, outside)
+            getattr(ours, "vision_model", ours).post_layernorm.weight.mul_(3)
+            assert not torch.equal(ours(**images).pooler_output, inside)
+        assert not torch.equal(ours(**images).pooler_output, outside)
+
+    @torch.no_grad()
+    def test_what_is_left_to_stock(self, naflex, images):
+        ours = apply_to(copy.deepcopy(naflex))
+        with torch.autocast("cpu", torch.float16):
+            assert ours.why_not(**images) == "autocast to torch.float16 is active on cpu"
+        with torch.autocast("cpu", BF16), torch.enable_grad():
+            assert "gradients are needed" in ours.why_not(**images)
 
 
 @torch.no_grad()

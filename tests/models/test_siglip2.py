@@ -259,11 +259,6 @@ class TestDelegated:
         encoder.layers[1].mlp.activation_fn = nn.ReLU()
         assert "encoder.layers.1.mlp" in ours.why_not(**inputs)
 
-    @torch.no_grad()
-    def test_autocast(self, stock, inputs):
-        with torch.autocast("cpu", torch.bfloat16):
-            assert "autocast" in drop_in(stock).why_not(**inputs)
-
 
 class TestCompiled:
     @pytest.fixture(autouse=True)
