@@ -8,15 +8,13 @@ import shutil
 import signal
 import subprocess
 import sys
-import tarfile
 import time
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pytest
-from pyarrow import parquet
-from test_cli import (
+from embed_command import (
     CODE,
     ENVIRONMENT,
     check,
@@ -29,7 +27,9 @@ from test_cli import (
     save,
     shared_files,
     wait_until_gone,
+    write_shard,
 )
+from pyarrow import parquet
 
 from siglip_fast.cli import feeding
 from siglip_fast.feed import encoder
@@ -59,14 +59,6 @@ def errors(folder: str | Path) -> dict[str, str]:
 
 def png(seed: int) -> bytes:
     return Path(save(f"encoded/{seed}.png", picture(seed))).read_bytes()
-
-
-def write_shard(path: str, members: dict[str, bytes]) -> None:
-    with tarfile.open(path, "w") as archive:
-        for name, data in members.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(data)
-            archive.addfile(member, io.BytesIO(data))
 
 
 class TestFolder:

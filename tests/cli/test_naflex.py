@@ -12,8 +12,8 @@ import torch
 import transformers
 import zoo
 from checkpoints import save_tiny_naflex
+from embed_command import here, picture, read, run, save
 from PIL import Image
-from test_cli import here, picture, read, run, save
 from transformers import Siglip2VisionConfig
 
 from siglip_fast.backends import torch as plain
@@ -114,7 +114,7 @@ class TestInfo:
     def test_each_operation_is_right(self, tiny_variant, capsys, backend):
         assert main(["info", "--random-weights", tiny_variant, "--device", "cpu", "--backend", backend]) == 0
         out = capsys.readouterr().out
-        assert f"runs on: backend {backend}\n" in out and "derived weights beside them: 0 MB\n" in out
+        assert f"runs on: backend {backend}\n" in out and "derived weights beside them: 0 MB" in out
         assert "operations on 6 images of 1 to 100 patches" in out
         assert out.count(" rows: right\n") == 11
         names = ("patch_embed_rows", "attention_segments", "attention_pool_segments", "layernorm 64x1")

@@ -8,31 +8,20 @@ from argparse import Namespace
 from pathlib import Path
 
 import pytest
+from embed_command import here, write_shard
 
 from siglip_fast.errors import UserError
 from siglip_fast.feed.parts import find_parts, read_part, total_of
 from siglip_fast.feed.paths import read_list
 from siglip_fast.feed.shards import Slice
 
+__all__ = ["here"]  # a fixture
+
 NOTHING = {"paths": [], "from_file": None, "part_size": None, "image_column": None, "id_column": None}
 
 
 def arguments(*paths: str, **others) -> Namespace:
     return Namespace(**NOTHING | {"paths": list(paths)} | others)
-
-
-@pytest.fixture
-def here(tmp_path, monkeypatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-def write_shard(path: str, members: dict[str, bytes], format: int = tarfile.PAX_FORMAT) -> None:
-    with tarfile.open(path, "w", format=format) as archive:
-        for name, data in members.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(data)
-            archive.addfile(member, io.BytesIO(data))
 
 
 def read(path: str, **others) -> list[tuple[str, bytes | str]]:

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from embed_command import here, make_checkpoint, picture, read, run
 from PIL import Image, ImageOps, features
-from test_cli import here, make_checkpoint, picture, read, run
 
 from siglip_fast.cli import main
 from siglip_fast.errors import UserError

@@ -16,7 +16,7 @@ GATE = {
     "kernels/test_attention_segments.py": r"fp32-triton-a-long-one|every_default_tile|triton-hundreds|the_longest|32_bits",
     "kernels/test_attention_pool.py": r"triton-(So400m-384|B16-224)",
     "kernels/test_configs.py": r"",
-    "cli/test_cli.py": r"stopped\[.*interrupted",
+    "cli/test_commands.py": r"stopped\[.*interrupted",
     "cli/test_embed_runs.py": r"TestFaults",
     "feed/test_processes.py": r"TestDeaths",
     "cli/test_naflex.py": r"is_right\[triton",

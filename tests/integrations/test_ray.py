@@ -18,10 +18,21 @@ import psutil
 import pyarrow as pa
 import pytest
 from checkpoints import save_tiny_naflex
+from embed_command import (
+    TINY,
+    check,
+    checkpoint,
+    expected,
+    here,
+    make_checkpoint,
+    picture,
+    read,
+    run,
+    save,
+    write_shard,
+)
 from PIL import Image
 from pyarrow import parquet
-from test_cli import TINY, check, checkpoint, expected, here, make_checkpoint, picture, read, run, save
-from test_embed_runs import write_shard
 
 from siglip_fast.errors import UserError
 from siglip_fast.feed.folder import Folder
