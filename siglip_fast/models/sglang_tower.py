@@ -1,0 +1,90 @@
+"""What the fast towers of SGLang have in common: what their linears, attention and embeddings have to be.
+
+Written against SGLang 0.5.23.
+"""
+
+import inspect
+from collections.abc import Iterable, Iterator, Mapping
+
+from sglang.srt.batch_invariant_ops import is_batch_invariant_mode_enabled
+from sglang.srt.layers import linear
+from sglang.srt.layers.attention.vision import QKV_BACKEND_IMPL, VisionAttention
+from sglang.srt.layers.quantization.unquant import UnquantizedEmbeddingMethod, UnquantizedLinearMethod
+from sglang.srt.layers.vocab_parallel_embedding import VocabParallelEmbedding
+from sglang.srt.utils import use_intel_amx_backend
+from torch import nn
+
+from .anatomy import Unsupported
+from .base import stock_class
+from .server_tower import Check, ServerTower, check_linear
+
+_check_plain_linear = check_linear(UnquantizedLinearMethod, "--mm-enable-dp-encoder keeps some models' towers whole")
+
+
+def _check_unpacked(name: str, module: nn.Module) -> None:
+    if use_intel_amx_backend(module):
+        raise Unsupported(f"{name} is packed for AMX")
+
+
+def _check_linear(name: str, module: nn.Module) -> None:
+    _check_unpacked(name, module)
+    _check_plain_linear(name, module)
+
+
+def _check_embedding(name: str, module: nn.Module) -> None:
+    if module.tp_size != 1 or type(module.quant_method) is not UnquantizedEmbeddingMethod:
+        raise Unsupported(f"{name} is parallel over {module.tp_size}, or quantized")
+
+
+def _check_attention(name: str, module: nn.Module) -> None:
+    """Of the many settings for other models' towers all have to be off."""
+    heads, width = module.num_attention_heads_per_partition, module.qkv_proj.input_size
+    is_plain = (
+        module.use_qkv_parallel
+        and not module.qk_normalization
+        and not module.qk_normalization_by_head_size
+        and module.customized_position_embedding_applier is None
+        and module.softmax_scale in (None, module.head_size**-0.5)
+        and module.sinks is None
+        and not module.dropout  # which one of the backends applies in inference too
+        and module.num_attention_kv_heads_per_partition == heads
+        and heads * module.head_size == width == module.proj.input_size
+    )
+    if not is_plain and module.tp_size == 1:  # else the linears say it
+        raise Unsupported(f"{name} is not plain softmax attention of {width} channels")
+
+
+_CHECKS: dict[type, Check] = dict.fromkeys(
+    (linear.QKVParallelLinear, linear.ColumnParallelLinear, linear.RowParallelLinear), _check_linear
+)
+_CHECKS |= {VisionAttention: _check_attention, VocabParallelEmbedding: _check_embedding}
+
+
+def checks(known: Iterable[type]) -> Mapping[type, Check]:
+    """Those of a tower whose other modules are of the `known` classes."""
+    return dict.fromkeys((*known, *QKV_BACKEND_IMPL.values()), _check_unpacked) | _CHECKS
+
+
+def check_tanh(name: str, module: nn.GELU) -> None:
+    if module.approximate != "tanh":
+        raise Unsupported(f"{name} is {module!r}, not GELU by tanh")
+
+
+class SglangTower(ServerTower):
+    server = "SGLang"
+
+    @classmethod
+    def declines(cls, tower: nn.Module) -> str | None:
+        takes, expected = ([*inspect.signature(each.forward).parameters] for each in (stock_class(cls), cls))
+        if takes != expected:  # another version's
+            return f"its forward takes {takes}, expected {expected}"
+        try:
+            cls.anatomy.check(tower)
+        except Unsupported as unsupported:
+            return str(unsupported)
+        return None
+
+    def _request_reasons(self, *args, **kwargs) -> Iterator[str]:
+        yield from super()._request_reasons(*args, **kwargs)
+        if is_batch_invariant_mode_enabled() and not self.batch_invariant:
+            yield "SGLang's deterministic inference is on (and SIGLIP_FAST_BATCH_INVARIANT=1 is not)"
