@@ -40,14 +40,15 @@ def check_parts(tower: nn.Module, parts: Iterable[str], known: Mapping[type, Che
             known[type(module)](name, module)
 
 
-def check_linear(unquantized: type, remedy: str) -> Check:
-    """That of a server's linears: plain, whole, with a bias. `remedy` is what keeps a tower's linears whole."""
+def check_linear(unquantized: type, parts: Callable[[nn.Module], int], remedy: str) -> Check:
+    """That of a server's linears: plain, whole, with a bias. `parts` is over how many processes one is spread, and `remedy`
+    what keeps a tower's linears whole."""
 
     def check(name: str, module: nn.Module) -> None:
         shape, expected = list(module.weight.shape), [module.output_size, module.input_size]
         if type(module.quant_method) is not unquantized:
             raise Unsupported(f"{name} is quantized ({type(module.quant_method).__name__})")
-        if (tp_size := getattr(module, "tp_size", 1)) != 1:
+        if (tp_size := parts(module)) != 1:
             raise Unsupported(f"{name} is tensor-parallel over {tp_size} ({remedy})")
         if shape != expected or module.bias is None or module.skip_bias_add:
             raise Unsupported(f"{name} has a weight of shape {shape}, expected {expected} and an added bias")

@@ -45,7 +45,8 @@ class SiglipVisionTransformer(SglangTower, siglip.SiglipVisionTransformer):
         pixel_values, rows = pixel_values.to(self.device), len(pixel_values) * self.embeddings.num_patches
 
         def encoded(derived: Derived) -> Tensor:
-            return derived.run(pixel_values, derived.kept(_positions, self.embeddings))[0]
+            last, _ = derived.run(pixel_values, derived.kept(_positions, self.embeddings))
+            return last
 
         last = self._fused(encoded, rows, pixel_values)
         return super().forward(pixel_values) if last is None else self.post_layernorm(last)

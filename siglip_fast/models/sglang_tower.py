@@ -18,7 +18,11 @@ from .anatomy import Unsupported
 from .base import stock_class
 from .server_tower import Check, ServerTower, check_linear
 
-_check_plain_linear = check_linear(UnquantizedLinearMethod, "--mm-enable-dp-encoder keeps some models' towers whole")
+_check_plain_linear = check_linear(
+    UnquantizedLinearMethod,
+    lambda module: linear.get_group_rank_size(module.tp_group)[1],
+    "--mm-enable-dp-encoder keeps some models' towers whole",
+)
 
 
 def _check_unpacked(name: str, module: nn.Module) -> None:

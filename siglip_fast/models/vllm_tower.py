@@ -32,8 +32,12 @@ def _check_attention(name: str, module: nn.Module) -> None:
         raise Unsupported(f"{name} computes in fp8 or has another scale than head_dim ** -0.5")
 
 
-_WHOLE = "mm_encoder_tp_mode='data' keeps towers whole"
-_CHECKS = dict.fromkeys(LINEARS, check_linear(linear.UnquantizedLinearMethod, _WHOLE))
+_check_linear = check_linear(
+    linear.UnquantizedLinearMethod,
+    lambda module: getattr(module, "tp_size", 1),
+    "mm_encoder_tp_mode='data' keeps towers whole",
+)
+_CHECKS = dict.fromkeys(LINEARS, _check_linear)
 _CHECKS[MMEncoderAttention] = _check_attention
 
 
