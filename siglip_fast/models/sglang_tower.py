@@ -18,10 +18,9 @@ from .anatomy import Unsupported
 from .base import stock_class
 from .server_tower import Check, ServerTower, check_linear
 
+_WHOLE = "--mm-enable-dp-encoder keeps some models' towers whole"
 _check_plain_linear = check_linear(
-    UnquantizedLinearMethod,
-    lambda module: linear.get_group_rank_size(module.tp_group)[1],
-    "--mm-enable-dp-encoder keeps some models' towers whole",
+    UnquantizedLinearMethod, lambda module: linear.get_group_rank_size(module.tp_group)[1], _WHOLE
 )
 
 
@@ -35,14 +34,26 @@ def _check_linear(name: str, module: nn.Module) -> None:
     _check_plain_linear(name, module)
 
 
+def _check_qkv(name: str, module: nn.Module) -> None:
+    _check_linear(name, module)
+    if module.output_size != 3 * module.input_size:
+        raise Unsupported(f"{name} makes {module.output_size} channels of {module.input_size}, not three times as many")
+
+
+def _check_whole(name: str, module: nn.Module) -> None:
+    if module.tp_size != 1:
+        raise Unsupported(f"{name} is tensor-parallel over {module.tp_size} ({_WHOLE})")
+
+
 def _check_embedding(name: str, module: nn.Module) -> None:
-    if module.tp_size != 1 or type(module.quant_method) is not UnquantizedEmbeddingMethod:
-        raise Unsupported(f"{name} is parallel over {module.tp_size}, or quantized")
+    _check_whole(name, module)
+    if type(module.quant_method) is not UnquantizedEmbeddingMethod:
+        raise Unsupported(f"{name} is quantized ({type(module.quant_method).__name__})")
 
 
 def _check_attention(name: str, module: nn.Module) -> None:
     """Of the many settings for other models' towers all have to be off."""
-    heads, width = module.num_attention_heads_per_partition, module.qkv_proj.input_size
+    _check_whole(name, module)
     is_plain = (
         module.use_qkv_parallel
         and not module.qk_normalization
@@ -51,17 +62,19 @@ def _check_attention(name: str, module: nn.Module) -> None:
         and module.softmax_scale in (None, module.head_size**-0.5)
         and module.sinks is None
         and not module.dropout  # which one of the backends applies in inference too
-        and module.num_attention_kv_heads_per_partition == heads
-        and heads * module.head_size == width == module.proj.input_size
+        and module.num_attention_kv_heads_per_partition == module.num_attention_heads_per_partition
     )
-    if not is_plain and module.tp_size == 1:  # else the linears say it
-        raise Unsupported(f"{name} is not plain softmax attention of {width} channels")
+    if not is_plain:
+        raise Unsupported(f"{name} is not plain softmax attention")
 
 
-_CHECKS: dict[type, Check] = dict.fromkeys(
-    (linear.QKVParallelLinear, linear.ColumnParallelLinear, linear.RowParallelLinear), _check_linear
-)
-_CHECKS |= {VisionAttention: _check_attention, VocabParallelEmbedding: _check_embedding}
+_CHECKS: dict[type, Check] = {
+    linear.QKVParallelLinear: _check_qkv,
+    linear.ColumnParallelLinear: _check_linear,
+    linear.RowParallelLinear: _check_linear,
+    VisionAttention: _check_attention,
+    VocabParallelEmbedding: _check_embedding,
+}
 
 
 def checks(known: Iterable[type]) -> Mapping[type, Check]:

@@ -206,6 +206,10 @@ left_alone(filled(lambda: stock(disable_merger_proj=True)), "merger has no proje
 left_alone(filled(lambda: stock(hidden_size=96, num_heads=2)), "hidden_size is no multiple of 64")
 left_alone(filled(lambda: stock(hidden_size=384, num_heads=2)), "head_dim is above 128")
 
+from sglang.srt.layers.attention.vision import VisionAttention
+dummies = filled(stock)  # InternVL's way of making heads divisible
+dummies.blocks[0].attn = filled(lambda: VisionAttention(128, 2, 128, use_qkv_parallel=True, num_dummy_heads=2))
+left_alone(dummies, "blocks.0.attn.qkv_proj makes 768 channels of 128")
 left_alone(stock(quant_config=Fp8Config()), "qkv_proj is quantized (Fp8LinearMethod)")
 
 def otherwise(change, reason):
@@ -256,10 +260,10 @@ if rank == 0:
     environment = {**os.environ, "RANK": "1", "PORT": port}
     other = subprocess.Popen([sys.executable, "-c", sys.orig_argv[-1]], env=environment)
 start(rank=rank, processes=2, port=port, tp_size=2)
-left_alone(filled(stock), "pos_embed is parallel over 2")
+left_alone(filled(stock), "pos_embed is tensor-parallel over 2 (--mm-enable-dp-encoder")
 with_its_table = filled(stock)
 with_its_table.pos_embed.tp_size = 1
-left_alone(with_its_table, "blocks.0.attn.qkv_proj is tensor-parallel over 2 (--mm-enable-dp-encoder")
+left_alone(with_its_table, "blocks.0.attn is tensor-parallel over 2")
 
 tower = build(use_data_parallel=True)
 x, grids = inputs(mixed)
@@ -304,6 +308,8 @@ class Adapted(torch.nn.Module):  # as LoRA puts its own around it
 
 delegates(lambda tower: setattr(tower.blocks[0].mlp, "linear_fc1", Adapted(tower.blocks[0].mlp.linear_fc1)),
           "blocks.0.mlp.linear_fc1 is a Adapted")
+delegates(lambda tower: setattr(tower.blocks[1].attn, "qkv_proj", Adapted(tower.blocks[1].attn.qkv_proj)),
+          "blocks.1.attn.qkv_proj is a Adapted")
 with torch.autocast("cpu", torch.bfloat16):
     delegates(lambda tower: None, "autocast is active")
 from sglang.srt.batch_invariant_ops import batch_invariant_ops
@@ -334,6 +340,9 @@ assert torch.equal(*both(tower, *inputs(mixed))) and not tower._derived
 check(tower, 0, inputs(mixed), "the first fused forward failed: ZeroDivisionError")
 module.forward_packed = whole
 check(tower, 0, inputs(mixed), "the first fused forward failed")
+siglip_fast.restore(tower)
+after_load(tower)  # made fast again, it tries again
+check(tower, 1e-5, inputs(mixed))
 print("DONE")
 """
     output = run(SGLANG + QWEN3_VL + "start()" + code, tmp_path, monkeypatch, CPU)
