@@ -95,7 +95,7 @@ def apply_to(
 
     Args:
         model: a vision tower, or any module around some: of transformers (SiglipModel, PaliGemma, Gemma 3, LLaVA, …),
-            timm or open_clip.
+            timm or open_clip, or one that SGLang has loaded.
         backend, strict, batch_invariant: as in the constructor of `siglip_fast.SiglipVisionModel`; for towers made fast by this call.
 
     Raises:
