@@ -1,11 +1,11 @@
-"""SGLang: the plugin that makes every stock SigLIP tower of a loaded model fast (entry point sglang.srt.plugins).
+"""SGLang: the plugin that makes every SigLIP tower of a loaded model fast, transformers' and SGLang's own (entry point
+sglang.srt.plugins).
 
-Written against SGLang 0.5.23. It hooks the two functions that return a loaded model, whatever the architecture, and
-does not replace the class in the modules that name it: a REPLACE hook follows the class into every loaded module,
-transformers' own included, and imports each of those models in every process of the server.
-
-SGLang's own tower (sglang.srt.models.siglip: gemma3_mm, pi0.5) is another class, on its own parallel layers, and is
-left alone.
+Written against SGLang 0.5.23. It hooks the two functions that return a loaded model, whatever the architecture, and changes
+the towers in it by `apply_to`. It does not replace classes: a REPLACE hook follows a class into every loaded module,
+transformers' own included, and imports the models that are named in every process of the server. A loaded tower, moreover,
+has its weights as they are going to be (whole or sharded, quantized, packed for AMX), so that one which cannot run fused
+never changes its class.
 """
 
 import logging
@@ -51,13 +51,16 @@ def register() -> None:
 
 def after_load(loaded: Any, *args, **kwargs) -> None:
     """`loaded` is the model, or what holds it as `.model`. Its towers change in place, so nothing is returned."""
+    from ..models.server_tower import ServerTower  # it imports torch
+
     try:
         model = loaded if hasattr(loaded, "modules") else loaded.model
         if siglip_fast.towers(model):
-            siglip_fast.apply_to(model)
-            logger.warning(
-                "SGLang: %s", "; ".join(map(repr, siglip_fast.towers(model)))
-            )  # it shows no other logger's info
+            siglip_fast.apply_to(model)  # which logs what it leaves alone
+            # SGLang's own towers say themselves that they run fused, once they did.
+            made = [t for t in siglip_fast.towers(model) if t.fast and not isinstance(t.module, ServerTower)]
+            if made:
+                logger.warning("SGLang: %s", "; ".join(map(repr, made)))  # it shows no other logger's info
     except Exception as error:
         logger.warning("SGLang's model stays as it is: %s", typed_line(error))
 

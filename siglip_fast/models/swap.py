@@ -50,6 +50,9 @@ _FAST = {
     "transformers.models.video_llama_3.modeling_video_llama_3.VideoLlama3VisionModel": "video_llama_3",
     "transformers.models.cosmos3_edge.modeling_cosmos3_edge.Cosmos3EdgeVisionModel": "cosmos3_edge",
     "transformers.models.glm_image.modeling_glm_image.GlmImageVisionModel": "glm_image",
+    "sglang.srt.models.siglip.SiglipVisionTransformer": "sglang_siglip",
+    "sglang.srt.models.siglip2.Siglip2VisionTransformer": "sglang_siglip2",
+    "sglang.srt.models.qwen3_vl.Qwen3VLMoeVisionModel": "sglang_qwen3_vl",
 }
 
 
@@ -92,7 +95,7 @@ def apply_to(
 
     Args:
         model: a vision tower, or any module around some: of transformers (SiglipModel, PaliGemma, Gemma 3, LLaVA, …),
-            timm or open_clip.
+            timm or open_clip, or one that SGLang has loaded.
         backend, strict, batch_invariant: as in the constructor of `siglip_fast.SiglipVisionModel`; for towers made fast by this call.
 
     Raises:
@@ -140,7 +143,8 @@ def register() -> None:
     from .siglip import SiglipVisionModel
     from .siglip2 import Siglip2VisionModel
 
-    modules = {home for home in _FAST.values() if home not in ("siglip", "siglip2", "timm", "paddleocr_vl")}
+    modules = {home for stock, home in _FAST.items() if stock.startswith("transformers.")}
+    modules -= {"siglip", "siglip2", "paddleocr_vl"}
     families = [importlib.import_module(f".{home}", __package__) for home in sorted(modules)]
     by_auto_model = [SiglipVisionModel, Siglip2VisionModel, *(cls for family in families for cls in family.installed())]
     fast = [*by_auto_model, *paddleocr_vl.installed()]  # of which AutoModel builds the module around it

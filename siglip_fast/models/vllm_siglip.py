@@ -11,6 +11,7 @@ from vllm.model_executor.layers.layernorm import LayerNorm
 from vllm.model_executor.models import siglip
 
 from .anatomy import check_position_ids
+from .server_tower import size_reasons
 from .vllm_tower import VllmTower, siglip_anatomy
 from .weights import Derived
 
@@ -42,10 +43,7 @@ class SiglipVisionTransformer(VllmTower, siglip.SiglipVisionTransformer):
 
     def _call_reasons(self, pixel_values: Tensor, *args, **kwargs) -> Iterator[str]:
         yield from super()._call_reasons(pixel_values, *args, **kwargs)
-        size, C = self.embeddings.image_size, self.config.num_channels
-        if not pixel_values.is_floating_point() or tuple(pixel_values.shape[1:]) != (C, size, size):
-            own = f"{pixel_values.dtype} and have shape [batch, {', '.join(map(str, pixel_values.shape[1:]))}]"
-            yield f"pixel_values are {own}, not [batch, {C}, {size}, {size}] of a floating dtype"
+        yield from size_reasons(self, pixel_values)
 
     def _request_reasons(self, interpolate_pos_encoding: bool = False) -> Iterator[str]:
         yield from super()._request_reasons()

@@ -1,21 +1,10 @@
-"""vLLM's SigLIP 2 vision tower (LFM2-VL), its encoder on the fused operations: images of any size, packed by the caller.
+"""vLLM's SigLIP 2 vision tower (LFM2-VL), made fast."""
 
-Only what is behind `embeddings` and `encoder` is vLLM's own: post_layernorm and the selection of features.
-"""
-
-from collections.abc import Iterator
-
-import numpy as np
-import torch
-from torch import Tensor, nn
+from torch import nn
 from vllm.model_executor.models import lfm2_siglip2
 
-from ..forward import Packing
-from ..ops import Position
-from ..running.packing import Upload, add_segments, ranges, tile_rows
-from .resized import ResizedPositions
+from .server_siglip2 import Siglip2Tower
 from .vllm_tower import VllmTower, siglip_anatomy
-from .weights import Derived
 
 _KNOWN = (
     *(lfm2_siglip2.Siglip2VisionEmbeddings, nn.Embedding, lfm2_siglip2.Siglip2Encoder, nn.ModuleList),
@@ -23,69 +12,6 @@ _KNOWN = (
 )
 
 
-class _Positions(ResizedPositions):
-    def _resized(self, sizes: list[tuple[int, int]]) -> Iterator[Tensor]:
-        """By vLLM's own code."""
-        embeddings, lengths = self._embeddings, [height * width for height, width in sizes]
-        side = embeddings.position_embedding_size
-        table = embeddings.position_embedding.weight.detach().view(side, side, -1)
-        # which wants the sizes on the CPU
-        packed = embeddings.resize_positional_embeddings_packed(table, torch.tensor(sizes), lengths_list=lengths)
-        return iter(packed.split(lengths))
-
-
-class Siglip2VisionTransformer(VllmTower, lfm2_siglip2.Siglip2VisionTransformer):
+class Siglip2VisionTransformer(Siglip2Tower, VllmTower, lfm2_siglip2.Siglip2VisionTransformer):
     anatomy = siglip_anatomy(_KNOWN)
-
-    def forward(
-        self,
-        pixel_values_packed: Tensor,
-        spatial_shapes: Tensor,
-        cu_seqlens: Tensor,
-        max_seqlen: Tensor,
-        select_layers: list[int] | None = None,
-    ) -> Tensor:
-        """`pixel_values_packed [1, M, K]`, `spatial_shapes` int `[B, 2]` on the CPU → as vLLM's: `[1, M, D]`, the last hidden
-        state, or the selected ones side by side. `cu_seqlens` has the images' rows, by which vLLM's forward goes."""
-        args = (spatial_shapes, cu_seqlens, max_seqlen)
-
-        def encoded(derived: Derived) -> Tensor | list[Tensor]:
-            """What vLLM's encoder returns: the last of its hidden states `[1, M, D]`, or every one."""
-            stream: list[Tensor] = []
-            collect = None if select_layers is None else lambda x: stream.append(x[None])
-            packing = self._pack(derived, [*map(tuple, spatial_shapes.tolist())])
-            last = derived.run_packed(pixel_values_packed.flatten(0, -2), packing, collect).last_hidden_state
-            return last[None] if collect is None else stream
-
-        states = self._fused(encoded, pixel_values_packed.shape[-2], pixel_values_packed, *args)
-        if states is None:
-            return super().forward(pixel_values_packed, *args, select_layers)
-        return lfm2_siglip2.resolve_visual_encoder_outputs(
-            states, self.post_layernorm, select_layers=select_layers, max_possible_layers=self.config.num_hidden_layers
-        )
-
-    def _call_reasons(
-        self, pixel_values: Tensor, spatial_shapes: Tensor, cu_seqlens: Tensor, max_seqlen: Tensor
-    ) -> Iterator[str]:
-        yield from super()._call_reasons(pixel_values, spatial_shapes, cu_seqlens, max_seqlen)
-        weight = self._patch_weight()
-        if weight is None:
-            return  # the tower has a reason
-        if not pixel_values.is_floating_point() or pixel_values.shape[-1] != weight.shape[1]:
-            yield f"pixel_values are {pixel_values.dtype} of {pixel_values.shape[-1]} columns, not {weight.shape[1]}"
-        lengths = spatial_shapes.prod(1).tolist()
-        if min(spatial_shapes.flatten().tolist(), default=0) < 1 or sum(lengths) != pixel_values.shape[:-1].numel():
-            yield "spatial_shapes are not positive, or of another number of patches than there are rows"
-        elif len(cu_seqlens) != len(lengths) + 1 or (  # on a device it would have to be waited for
-            not cu_seqlens.is_cuda and cu_seqlens.tolist() != [0, *np.cumsum(lengths).tolist()]
-        ):
-            yield "cu_seqlens are not the images' of spatial_shapes"
-
-    def _pack(self, derived: Derived, shapes: list[tuple[int, int]]) -> Packing:
-        lengths, upload = np.array(shapes).prod(1), Upload()
-        table, offsets = derived.kept(_Positions, self.embeddings).of(shapes)
-        index = upload.add(ranges(offsets, lengths)[:, None])
-        rows = tile_rows(derived.ops.backend)
-        segments = add_segments(upload, np.cumsum(lengths) - lengths, lengths, lengths, rows)
-        upload.send(self.embeddings.position_embedding.weight.device)
-        return Packing(segments(), Position(table, index()))
+    resolve = staticmethod(lfm2_siglip2.resolve_visual_encoder_outputs)

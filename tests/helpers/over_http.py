@@ -78,3 +78,24 @@ def data_url(image: Image.Image) -> str:
     file = io.BytesIO()
     image.save(file, "PNG")
     return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+# Of a chat's messages
+IMAGES = [[picture(0)], [picture(1, (40, 170))], [picture(2), picture(3, (64, 64))]]
+
+
+def content(images: Sequence[Image.Image]) -> list[dict]:
+    return [{"type": "image_url", "image_url": {"url": data_url(image)}} for image in images]
+
+
+def chat(images: Sequence[Image.Image]) -> tuple[str, dict]:
+    """The request for 24 greedy tokens, and the five best log probabilities of each."""
+    greedy = {"max_tokens": 24, "temperature": 0, "ignore_eos": True, "logprobs": True, "top_logprobs": 5}
+    message = {"role": "user", "content": [*content(images), {"type": "text", "text": "What is it?"}]}
+    return "/v1/chat/completions", {"messages": [message], **greedy}
+
+
+def tokens(answer: dict) -> tuple[list[str], np.ndarray]:
+    """The tokens, and of each the five best log probabilities."""
+    steps = answer["choices"][0]["logprobs"]["content"]
+    return [step["token"] for step in steps], np.array([[top["logprob"] for top in s["top_logprobs"]] for s in steps])

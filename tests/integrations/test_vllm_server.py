@@ -10,12 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from over_http import data_url, free_port, picture, post, serving
+from over_http import IMAGES, chat, content, free_port, post, serving, tokens
 
 from siglip_fast.models.reasons import GRADIENTS
 
 ENVIRONMENT = {"VLLM_TARGET_DEVICE": "cpu", "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
-IMAGES = [[picture(0)], [picture(1, (40, 170))], [picture(2), picture(3, (64, 64))]]
 
 
 def is_cpu_build() -> bool:
@@ -47,22 +46,6 @@ def both(model: str, tmp_path: Path, requests, *arguments: str) -> tuple[list, l
     checkpoint = getattr(whole_checkpoints, model)(tmp_path / model)
     off, on = (ask(checkpoint, plugin, tmp_path / f"{plugin}.log", requests, *arguments) for plugin in (False, True))
     return off, on, (tmp_path / "True.log").read_text(errors="replace")
-
-
-def content(images) -> list[dict]:
-    return [{"type": "image_url", "image_url": {"url": data_url(image)}} for image in images]
-
-
-def chat(images) -> tuple[str, dict]:
-    greedy = {"max_tokens": 24, "temperature": 0, "ignore_eos": True, "logprobs": True, "top_logprobs": 5}
-    message = {"role": "user", "content": [*content(images), {"type": "text", "text": "What is it?"}]}
-    return "/v1/chat/completions", {"messages": [message], **greedy}
-
-
-def tokens(answer: dict) -> tuple[list[str], np.ndarray]:
-    """The tokens, and of each the five best log probabilities."""
-    steps = answer["choices"][0]["logprobs"]["content"]
-    return [step["token"] for step in steps], np.array([[top["logprob"] for top in s["top_logprobs"]] for s in steps])
 
 
 @pytest.mark.parametrize(
