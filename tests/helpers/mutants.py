@@ -189,7 +189,19 @@ _PACKED = {
         "gemm.py",
         "tl.erf(x * 0.7071067811865476)",
         "tl.erf(x * 0.7978845608)",
-        f"{_NORMED} bf16 and exact_gelu'",
+        f"{_NORMED} bf16 and other_gelus and erf'",
+    ),
+    "quick-gelu-of-another-slope": (
+        "gemm.py",
+        "-2.4554669595930156",
+        "-2.3022081981443250",
+        f"{_NORMED} bf16 and other_gelus and quick'",
+    ),
+    "quick-gelu-of-half-the-precision": (
+        "gemm.py",
+        "-2.4554669595930156",
+        "-2.455",
+        f"{_NORMED} fp32 and other_gelus and quick'",
     ),
     "layernorm-rows-ignored": (
         "layernorm.py",
