@@ -5,7 +5,7 @@ outside of it. (Cosmos3 Omni's tower is Qwen3-VL's own class.)
 """
 
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from ..ops import Position
 from ..running.grids import Grid, frames
 from ..running.packing import Upload, ranges
 from .anatomy import of_layers, siglip_view
-from .gridded import Gridded, output_of, whole_squares
+from .gridded import InSquares, output_of
 from .on_demand import fast_class, on_demand
 from .resized import ResizedPositions
 from .weights import Derived
@@ -26,7 +26,7 @@ from .weights import Derived
 MODULES = {"Cosmos3EdgeVisionModel": "cosmos3_edge"}
 
 
-class Cosmos3EdgeTower(Gridded):
+class Cosmos3EdgeTower(InSquares):
     has_own_positions = True
     pools: bool  # whether the pooler's output is the last hidden state
 
@@ -42,12 +42,6 @@ class Cosmos3EdgeTower(Gridded):
     def _side(self) -> int:
         return self.embeddings.config.spatial_merge_size  # what stock goes by
 
-    def _merges(self, grids: Sequence[Grid]) -> int:
-        return self._side
-
-    def _grids_reason(self, grids: Sequence[Grid]) -> str | None:
-        return None if whole_squares(grids, self._side) else f"the sides of grid_thw are no multiples of {self._side}"
-
     def _position(
         self, derived: Derived, grids: list[Grid], place: np.ndarray, upload: Upload
     ) -> Callable[[], Position]:
@@ -60,10 +54,6 @@ class Cosmos3EdgeTower(Gridded):
     def _made(self, outputs: PackedOutputs) -> BaseModelOutputWithPooling:
         last = outputs.last_hidden_state
         return BaseModelOutputWithPooling(last_hidden_state=last, pooler_output=last if self.pools else None)
-
-    @property
-    def example_side(self) -> int:
-        return self._side
 
 
 class _Positions(ResizedPositions):

@@ -28,7 +28,7 @@ from .outputs import in_asked_form
 from .packed import joined, together, with_own_positions
 from .rotary import RotaryTable
 from .traced import Traced
-from .weights import Derived
+from .weights import Derived, finish
 
 
 class Gridded(Built, Traced, CapturedPacked):
@@ -77,7 +77,7 @@ class Gridded(Built, Traced, CapturedPacked):
     def traced_outputs(self) -> list[tuple[int, int]]:
         """The first tensors of the output where torch.compile traces: of how many rows of pixels each has one row, 0 if
         that depends on the grids, and how wide such a row is."""
-        return [(1, self.config.hidden_size)]
+        return [(1, len(self._patch_weight()))]
 
     def _of_traced(self, tensors: list[Tensor]) -> PackedOutputs:
         """The outputs of which these are the tensors, each `[rows, width]`."""
@@ -203,6 +203,24 @@ class Gridded(Built, Traced, CapturedPacked):
         return Packing(segments(), position(), rotation=rotation)
 
 
+class InSquares(Gridded):
+    """Those whose images are of whole squares of patches, the rows of each of which are neighbours."""
+
+    @property
+    def _side(self) -> int:
+        return self.spatial_merge_size
+
+    def _merges(self, grids: Sequence[Grid]) -> int:
+        return self._side
+
+    def _grids_reason(self, grids: Sequence[Grid]) -> str | None:
+        return None if whole_squares(grids, self._side) else f"the sides of grid_thw are no multiples of {self._side}"
+
+    @property
+    def example_side(self) -> int:
+        return self._side
+
+
 def _rows_of(grids: Sequence[Grid]) -> list[int]:
     return [t * h * w for t, h, w, *_ in grids]
 
@@ -214,6 +232,20 @@ def resized_bilinearly(
     index, weight = map(upload.add, bilinear(place, grids, side, align_corners))
     table = learned.detach().resolve_neg().contiguous()
     return lambda: Position(table, index(), weight())
+
+
+def without_positions(derived: Derived, weight: Tensor, rows: int, upload: Upload) -> Callable[[], Position]:
+    """As `Gridded._position`, of a tower that adds none; `weight` is that of its projection of patches."""
+    table, index = derived.kept(_no_position, weight), upload.add(np.zeros((rows, 1), np.int32))
+    return lambda: Position(table, index())
+
+
+def _no_position(weight: Tensor) -> Tensor:
+    """`[1, D]`: zeros."""
+    with torch.inference_mode(False):
+        table = weight.detach().new_zeros(1, len(weight))
+    finish(table)
+    return table
 
 
 def whole_squares(grids: Sequence[Grid], side: int) -> bool:

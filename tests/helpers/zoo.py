@@ -357,6 +357,25 @@ def video_llama_3():
 
 
 @zoo
+def qwen2_vl():
+    text = TEXT | {"rope_parameters": MROPE, "rope_scaling": MROPE}  # the latter until transformers 5
+    vision = {"depth": 2, "embed_dim": 64, "hidden_size": 32, "mlp_ratio": 2, "num_heads": 4, "patch_size": 8}
+    values = {"text_config": text, "vision_config": vision, **TOKENS}
+    return gridded(make("Qwen2VLForConditionalGeneration", "Qwen2VLConfig", **values), 3 * 2 * 8 * 8)
+
+
+@zoo
+def ernie4_5_vl_moe():
+    text = {**TEXT, "moe_intermediate_size": [16, 16], "moe_num_experts": 4, "moe_k": 2, "moe_num_shared_experts": 1}
+    text |= {"mlp_layer_types": ["dense", "sparse"], "rope_parameters": MROPE | {"mrope_section": [3, 3, 2]}}
+    vision = {"depth": 2, "hidden_size": 64, "intermediate_size": 100, "num_heads": 4, "patch_size": 8}
+    values = {"text_config": text, "vision_config": vision, "image_start_token_id": 60, "image_end_token_id": 61}
+    values |= {"image_token_id": IMAGE, "video_token_id": 62}
+    model = make("Ernie4_5_VLMoeForConditionalGeneration", "Ernie4_5_VLMoeConfig", **values)
+    return gridded(model, 3 * 8 * 8)
+
+
+@zoo
 def qwen2_5_vl():
     """Beside Qwen3-VL, with layers of another kind."""
     rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
