@@ -14,7 +14,7 @@ from ..forward import PackedOutputs
 from ..ops import Position
 from ..running.grids import Grid
 from ..running.packing import Upload
-from .anatomy import Unsupported, block_view, blocks_view, of_layers
+from .anatomy import block_view, blocks_view, of_layers
 from .gridded import output_of, without_positions
 from .on_demand import fast_class, on_demand
 from .qwen3_vl import Qwen3VLTower, merger_view
@@ -37,11 +37,6 @@ class Qwen2VLTower(Qwen3VLTower):
         return self.config.hidden_size  # the tower's own is embed_dim
 
 
-def _check(tower: nn.Module) -> None:
-    if tower.merger.hidden_size != tower.config.embed_dim * tower.spatial_merge_size**2:
-        raise Unsupported(f"spatial_merge_size is {tower.spatial_merge_size}, by the merger another")
-
-
 def _view(tower: nn.Module) -> types.SimpleNamespace:
     """The tower under the names of transformers' SigLIP."""
     layers = [block_view(block, block.mlp) for block in tower.blocks]
@@ -58,7 +53,6 @@ def _fast(home: types.ModuleType, stock: type[nn.Module]) -> type[nn.Module]:
         attention_name=Qwen2VLTower.attention_name,
         activation="quick_gelu",
         watched=("spatial_merge_size",),
-        check=_check,
     )
     returns = {
         "output_class": BaseModelOutputWithPooling if gives_states else None,

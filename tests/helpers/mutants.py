@@ -325,6 +325,48 @@ _GRIDDED = {
         "sizes = [(h, w, 2) for",
         "cosmos3_edge.py -k merge_size_of_the_config",
     ),
+    "squares-as-rasters": (
+        "models/gridded.py",
+        "        return self._side\n\n    def _grids_reason",
+        "        return 1\n\n    def _grids_reason",
+        "gridded.py -k 'accuracy and fp32-images and qwen2_vl and torch'",
+    ),
+    "no-positions-are-ones": (
+        "models/gridded.py",
+        "new_zeros(1, len(weight))",
+        "new_ones(1, len(weight))",
+        "gridded.py -k 'accuracy and fp32-images and qwen2_vl and torch'",
+    ),
+    "no-bias-is-one": (
+        "models/weights.py",
+        "new_zeros(len(projection.weight))",
+        "new_ones(len(projection.weight))",
+        "gridded.py -k 'accuracy and fp32-images and qwen2_vl and torch'",
+    ),
+    "qwen2-vl-exact-gelu": (
+        "models/qwen2_vl.py",
+        'activation="quick"',
+        'activation="erf"',
+        "gridded.py -k 'accuracy and fp32-images and qwen2_vl and torch'",
+    ),
+    "ernie-without-its-last-norm": (
+        "models/ernie4_5_vl.py",
+        "post_layernorm=tower.ln",
+        "post_layernorm=None",
+        "gridded.py -k 'accuracy and fp32-images and ernie and torch'",
+    ),
+    "ernie-last-state-untied": (
+        "models/ernie4_5_vl.py",
+        "ties_hidden_states = True",
+        "ties_hidden_states = False",
+        "gridded.py -k 'forms_of_the_output and ernie'",
+    ),
+    "ernie-logits-of-routers": (
+        "models/ernie4_5_vl.py",
+        'if asked_for("output_router_logits", self.config, kwargs):',
+        "if False:",
+        "ernie4_5_vl.py -k routers",
+    ),
 }
 
 _GRAPHS = "tests/running/test_packed_graphs.py -k"

@@ -41,7 +41,8 @@ def test_both_frames_of_a_patch_count():
 @pytest.mark.parametrize(
     "change, reason",
     [
-        (lambda m: setattr(m, "spatial_merge_size", 4), "spatial_merge_size"),
+        (lambda m: setattr(m, "spatial_merge_size", 4), "spatial_merge_size is 4, by the config 2"),
+        (lambda m: (setattr(m, "spatial_merge_size", 4), setattr(m.config, "spatial_merge_size", 4)), "merger"),
         (lambda m: setattr(m.merger.mlp[1], "approximate", "tanh"), "merger.mlp.1.approximate"),
         (lambda m: setattr(m.blocks[1].mlp, "act", nn.SiLU()), "mlp.act is a SiLU"),
         (lambda m: setattr(m.patch_embed, "proj", nn.Linear(96, 64)), "proj is a Linear"),
