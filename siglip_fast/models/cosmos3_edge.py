@@ -15,10 +15,10 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from ..forward import PackedOutputs
 from ..ops import Position
-from ..running.grids import Grid, frames
-from ..running.packing import Upload, ranges
+from ..running.grids import Grid
+from ..running.packing import Upload
 from .anatomy import of_layers, siglip_view
-from .gridded import InSquares, output_of
+from .gridded import InSquares, output_of, resized_as_stock
 from .on_demand import fast_class, on_demand
 from .resized import ResizedPositions
 from .weights import Derived
@@ -46,10 +46,7 @@ class Cosmos3EdgeTower(InSquares):
         self, derived: Derived, grids: list[Grid], place: np.ndarray, upload: Upload
     ) -> Callable[[], Position]:
         sizes = [(h, w, self._side) for _, h, w in grids]
-        table, offsets = derived.kept(_Positions, self.embeddings).of(sizes)
-        of_frames = np.repeat(offsets, [t for t, _, _ in grids])
-        index = upload.add(ranges(of_frames, frames(grids))[:, None])
-        return lambda: Position(table, index())
+        return resized_as_stock(derived.kept(_Positions, self.embeddings), sizes, grids, upload)
 
     def _made(self, outputs: PackedOutputs) -> BaseModelOutputWithPooling:
         last = outputs.last_hidden_state

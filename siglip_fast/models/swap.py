@@ -50,6 +50,8 @@ _FAST = {
     "transformers.models.video_llama_3.modeling_video_llama_3.VideoLlama3VisionModel": "video_llama_3",
     "transformers.models.cosmos3_edge.modeling_cosmos3_edge.Cosmos3EdgeVisionModel": "cosmos3_edge",
     "transformers.models.glm_image.modeling_glm_image.GlmImageVisionModel": "glm_image",
+    "transformers.models.hunyuan_vl.modeling_hunyuan_vl.HunYuanVLVisionTransformer": "hunyuan_vl",
+    "transformers.models.hy_v4_vl.modeling_hy_v4_vl.HYV4VLVisionModel": "hunyuan_vl",
     "transformers.models.qwen2_vl.modeling_qwen2_vl.Qwen2VisionTransformerPretrainedModel": "qwen2_vl",
     "transformers.models.ernie4_5_vl_moe.modeling_ernie4_5_vl_moe.Ernie4_5_VLMoeVisionTransformerPretrainedModel": "ernie4_5_vl",
 }

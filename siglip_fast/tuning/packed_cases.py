@@ -39,6 +39,8 @@ GRIDDED = {  # by model_type
     "video_llama_3_vision": Gridded(1, True),
     "cosmos3_edge_vision": Gridded(1, False),
     "glm_image_vision": Gridded(4, False, ERF, is_normed=False),
+    "hunyuan_vl_vision": Gridded(4, False, ERF, is_normed=False),
+    "hy_v4_vl_vision": Gridded(1, False, ERF, is_normed=False),
     "ernie4_5_vl_moe_vision": Gridded(1, True, QUICK),
 }
 

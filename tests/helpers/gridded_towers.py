@@ -33,7 +33,8 @@ class Family(NamedTuple):
     takes_beside: bool = False  # merge_sizes
     images_only: bool = False  # frames of videos are images then
     pixels: str = "pixel_values"  # the argument's name
-    drops: bool = True  # whether its config has a rate of attention dropout
+    drops: bool = True  # whether its layers heed a rate of attention dropout
+    adds_tokens: bool = False  # of no patch, behind each image's merged rows and between them
 
     def call(self, grids: Grids, dtype: torch.dtype = torch.float32, merges: Sequence[int] | None = None) -> Call:
         """The forward's arguments. A few columns of the pixels dwarf the others."""
@@ -66,6 +67,18 @@ FAMILIES = {
     "qwen2_vl": Family("Qwen2VisionTransformerPretrainedModel", QWEN2_VL, (96,), pixels="hidden_states", drops=False),
     "ernie4_5_vl_moe": Family(
         "Ernie4_5_VLMoeVisionTransformerPretrainedModel", BLOCKS, (48,), pixels="hidden_states", drops=False
+    ),
+    "hunyuan_vl": Family(
+        "HunYuanVLVisionTransformer",
+        {"max_image_size": 40, "text_hidden_size": 48},
+        (48,),
+        side=1,
+        images_only=True,
+        drops=False,
+        adds_tokens=True,
+    ),
+    "hy_v4_vl": Family(
+        "HYV4VLVisionModel", {"max_image_size": 40, "out_hidden_size": 48}, (48,), side=1, drops=False, adds_tokens=True
     ),
 }
 

@@ -314,7 +314,7 @@ _GRIDDED = {
         "video_llama_3.py -k 'merge_sizes and fp32'",
     ),
     "cosmos-frames-behind-each-other": (
-        "models/cosmos3_edge.py",
+        "models/gridded.py",
         "np.repeat(offsets, [t for t, _, _ in grids])",
         "np.resize(offsets, sum(t for t, _, _ in grids))",
         "gridded.py -k 'accuracy and fp32-videos and cosmos3 and torch'",
