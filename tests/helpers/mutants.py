@@ -367,6 +367,42 @@ _GRIDDED = {
         "if False:",
         "ernie4_5_vl.py -k routers",
     ),
+    "hunyuan-first-position-too": (
+        "models/hunyuan_vl.py",
+        "position_embedding.weight[1:]",
+        "position_embedding.weight[:-1]",
+        "hunyuan_vl.py -k 'odd_grids and fp32 and hunyuan'",
+    ),
+    "hunyuan-images-on-their-side": (
+        "models/hunyuan_vl.py",
+        "size=(h, w))",
+        "size=(w, h))",
+        "hunyuan_vl.py -k 'odd_grids and fp32'",
+    ),
+    "hunyuan-videos": (
+        "models/hunyuan_vl.py",
+        "takes_videos: ClassVar[bool] = False",
+        "takes_videos: ClassVar[bool] = True",
+        "hunyuan_vl.py -k what_the_merger_does_not_take",
+    ),
+    "hunyuan-one-row-of-patches": (
+        "models/hunyuan_vl.py",
+        "return max(2, ",
+        "return max(1, ",
+        "hunyuan_vl.py -k other_squares",
+    ),
+    "hunyuan-any-interpolation": (
+        "models/hunyuan_vl.py",
+        '.interpolate_mode) != "bilinear"',
+        '.interpolate_mode) == "nearest"',
+        "hunyuan_vl.py -k another_interpolation",
+    ),
+    "hunyuan-without-the-leading-dimension": (
+        "models/hunyuan_vl.py",
+        "None if t is None else t[None] for",
+        "None if t is None else t for",
+        "gridded.py -k 'forms_of_the_output and hunyuan'",
+    ),
 }
 
 _GRAPHS = "tests/running/test_packed_graphs.py -k"

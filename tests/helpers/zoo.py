@@ -381,7 +381,14 @@ def glm_image():
     """Of whose images each patch is a token: the nearest of a codebook, so the outputs are equal or far apart. The last
     grid is that of an image to be made."""
     text = {"model_type": "glm_image_text", **TEXT, "vision_vocab_size": 16, "rope_parameters": MROPE}
-    vision = {"depth": 2, "hidden_size": 64, "intermediate_size": 100, "num_heads": 4, "patch_size": 8, "image_size": 48}
+    vision = {
+        "depth": 2,
+        "hidden_size": 64,
+        "intermediate_size": 100,
+        "num_heads": 4,
+        "patch_size": 8,
+        "image_size": 48,
+    }
     vq = {"embed_dim": 8, "num_embeddings": 16, "latent_channels": 64}
     values = {"text_config": text, "vision_config": vision, "vq_config": vq, "image_token_id": IMAGE}
     model = vlm("GlmImage", text="", **values, image_start_token_id=60, image_end_token_id=61)

@@ -104,10 +104,12 @@ def test_what_the_merger_does_not_take(family):
 
 @both
 @torch.no_grad()
-def test_larger_squares(family):
-    stock, call = tower(family, spatial_merge_size=3), FAMILIES[family].call([(1, 3, 6), (1, 7, 4)])
-    assert_as(stock, fast(stock), call)
-    assert_left_to_stock(stock, fast(stock), FAMILIES[family].call([(1, 2, 6)]), "fewer than 3 patches a side")
+def test_other_squares(family):
+    for side, least in ((3, 3), (1, 2)):
+        stock, call = tower(family, spatial_merge_size=side), FAMILIES[family].call
+        assert_as(stock, fast(stock), call([(1, 3, 6), (1, 7, 4)]))
+        too_few = call([(1, least - 1, 6)])
+        assert_left_to_stock(stock, fast(stock), too_few, f"fewer than {least} patches a side")
 
 
 @both
