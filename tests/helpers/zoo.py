@@ -63,7 +63,8 @@ def make(architecture: str, config: str, **values) -> PreTrainedModel:
             if parameter.ndim > 1:  # large enough that the outputs tell one image from another
                 parameter.normal_(0, parameter[0].numel() ** -0.5)
             else:
-                parameter.normal_(float("norm" in name and name.endswith("weight")), 0.3)
+                is_norm = "norm" in name or ".ln." in name
+                parameter.normal_(float(is_norm and name.endswith("weight")), 0.3)
     return model.eval()
 
 
