@@ -29,7 +29,7 @@ class Tower(NamedTuple):
 TOWERS = {
     "packed-qwen3-vl": Tower(1152, 16, 4304, 1536, 4, True, True, False, "tanh", 4096),
     "packed-naflex": Tower(1024, 16, 4096, 768, 1, False, False, True, "tanh", 256),
-    "packed-qwen2-vl": Tower(1280, 16, 5120, 588, 16, True, False, False, "erf", 1024),
+    "packed-qwen2-vl": Tower(1280, 16, 5120, 588, 16, True, False, False, "quick", 1024),
     "packed-giant": Tower(1536, 16, 6144, 768, 4, True, False, False, "tanh", 1024),
     "packed-windows": Tower(1152, 16, 4304, 588, 1, False, False, False, "tanh", 4),  # of 2×2 patches
 }

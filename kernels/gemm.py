@@ -167,23 +167,28 @@ def halves(x, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def gelu_tanh(x):
-    """GELU, tanh form (Hendrycks & Gimpel 2016): 0.5·x·(1 + tanh u) = x·sigmoid(2u) = x / (1 + 2^v),
-    u = √(2/π)·(x + 0.044715·x³), v = −2·log2(e)·u."""
-    # −2·log2(e)·√(2/π) and 0.044715 times that
-    v = x * (-2.302208198144325 - 0.1029432395800235 * (x * x))
-    r = tl.rsqrt(1.0 + tl.exp2(v))
-    return x * r * r
+def gelu(x, FORM: tl.constexpr):
+    """GELU (Hendrycks & Gimpel 2016); x as it is where FORM is None.
+
+    "erf": 0.5·x·(1 + erf(x / √2)), which is exact.
+    "tanh": 0.5·x·(1 + tanh u) = x·sigmoid(2u), u = √(2/π)·(x + 0.044715·x³).
+    "quick": x·sigmoid(1.702·x).
+    """
+    if FORM == "erf":
+        return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+    if FORM == "tanh":
+        # −2·log2(e)·√(2/π) and 0.044715 times that
+        return _gated(x, x * (-2.302208198144325 - 0.1029432395800235 * (x * x)))
+    if FORM == "quick":
+        return _gated(x, x * -2.4554669595930156)  # −1.702·log2(e)
+    return x
 
 
 @triton.jit
-def gelu(x, FORM: tl.constexpr):
-    """GELU in the form "tanh" or "erf", 0.5·x·(1 + erf(x / √2)), which is exact; x as it is where FORM is None."""
-    if FORM == "tanh":
-        return gelu_tanh(x)
-    if FORM == "erf":
-        return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
-    return x
+def _gated(x, v):
+    """x·sigmoid(−v / log2(e)) = x / (1 + 2^v)."""
+    r = tl.rsqrt(1.0 + tl.exp2(v))
+    return x * r * r
 
 
 def gemm_grid(M: int, N: int, config: dict[str, int]) -> tuple[int, int]:

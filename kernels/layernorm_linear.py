@@ -11,7 +11,7 @@ x [M, K], W' [N, K], out [M, N] in bf16, fp16 or fp32; c, b' [N] and the row mom
 and out in 16 bits x may be fp32, as torch.autocast keeps it: then x − mean is what gets rounded.
 
 A row of x may be several rows of the stream, side by side, each with moments of its own, normalised together. GELU has
-two forms (gemm.py); the rotation is that of Q and K (rotation.py). Without LayerNorm, out = x·Wᵀ + b.
+three forms (gemm.py); the rotation is that of Q and K (rotation.py). Without LayerNorm, out = x·Wᵀ + b.
 """
 
 import torch

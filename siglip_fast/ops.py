@@ -198,7 +198,8 @@ class Ops:
         activation: str | None = None,
         rotation: Rotation | None = None,
     ) -> Tensor:
-        """`LayerNorm(x)·Wᵀ + b`, then GELU if asked ("tanh" or "erf"): `[..., in]` → `[..., out]` in the weights' dtype.
+        """`LayerNorm(x)·Wᵀ + b`, then GELU if asked ("tanh", "erf" or "quick"): `[..., in]` → `[..., out]` in
+        the weights' dtype.
 
         hidden_states may be r rows of the stream side by side, `[M / r, r·D]`, r > 1 only where D is a multiple of 64; the
         moments are those of the M rows. With rotation, which takes no activation, out is 3·H·d: the d channels of each

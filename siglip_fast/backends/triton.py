@@ -70,7 +70,7 @@ class Backend:
         args = (hidden_states, moments, linear, activation, rotation)
         rows, dims = hidden_states.numel() // K, (*linear.weight.shape, ACTIVATIONS.index(activation))
         merged = len(moments) // max(1, rows)
-        if activation == "erf" or rotation is not None or merged > 1:
+        if activation not in (None, "tanh") or rotation is not None or merged > 1:
             dims = (*dims, merged, 0 if rotation is None else 4 * rotation.table.shape[1])
         few = lambda: (  # noqa: E731
             hidden_states.view(-1, K)[:1], moments[:merged], linear, activation,

@@ -161,9 +161,10 @@ def check_head_dim(head_dim: int) -> None:
 def layer_view(norms: Sequence[nn.Module], qkv: nn.Module, out_proj: nn.Module, num_heads: int, mlp: nn.Module) -> Any:
     """A layer whose Q, K and V are one matrix, under the names of transformers' SigLIP."""
     attention = types.SimpleNamespace(out_proj=out_proj, num_heads=num_heads)
+    biases = [None] * 3 if qkv.bias is None else qkv.bias.chunk(3)
     attention.q_proj, attention.k_proj, attention.v_proj = (
         types.SimpleNamespace(weight=weight, bias=bias)
-        for weight, bias in zip(qkv.weight.chunk(3), qkv.bias.chunk(3), strict=True)
+        for weight, bias in zip(qkv.weight.chunk(3), biases, strict=True)
     )
     return types.SimpleNamespace(self_attn=attention, mlp=mlp, layer_norm1=norms[0], layer_norm2=norms[1])
 
@@ -171,6 +172,22 @@ def layer_view(norms: Sequence[nn.Module], qkv: nn.Module, out_proj: nn.Module, 
 def packed_embeddings(projection: nn.Module, patch_size: int) -> Any:
     """Embeddings of a tower on packed rows, under the names of transformers' SigLIP: for no number of patches in particular."""
     return types.SimpleNamespace(patch_embedding=projection, patch_size=patch_size, num_patches=1)
+
+
+def block_view(block: nn.Module, mlp: Any) -> Any:
+    """A layer that has `norm1`, `attn` and `norm2`, under the names of transformers' SigLIP."""
+    own = block.attn
+    return layer_view((block.norm1, block.norm2), own.qkv, own.proj, own.num_heads, mlp)
+
+
+def blocks_view(tower: nn.Module, layers: list[Any], **more: Any) -> Any:
+    """A tower that has a `patch_embed` and layers such as `layers`, under the names of transformers' SigLIP; `more` is what
+    else it has."""
+    return types.SimpleNamespace(
+        embeddings=packed_embeddings(tower.patch_embed.proj, tower.patch_embed.patch_size),
+        encoder=types.SimpleNamespace(layers=layers),
+        **{"post_layernorm": None} | more,
+    )
 
 
 def siglip_view(tower: nn.Module, rotates: bool = True) -> Any:

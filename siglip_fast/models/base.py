@@ -91,6 +91,11 @@ class Fused(nn.Module):
         return not cls.__module__.startswith(f"{__package__}.") and super().is_custom_code()
 
     @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        # transformers looks in the file of the class; and in the config it may find one, of what stock was built from
+        return stock_class(cls)._can_set_experts_implementation()
+
+    @classmethod
     def declines(cls, tower: nn.Module) -> str | None:
         """Why `tower`, of the stock class, is not to become one of this class at all, if it is not."""
         return None

@@ -5,7 +5,7 @@ outside of it. (Cosmos3 Omni's tower is Qwen3-VL's own class.)
 """
 
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -15,10 +15,10 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from ..forward import PackedOutputs
 from ..ops import Position
-from ..running.grids import Grid, frames
-from ..running.packing import Upload, ranges
+from ..running.grids import Grid
+from ..running.packing import Upload
 from .anatomy import of_layers, siglip_view
-from .gridded import Gridded, output_of, whole_squares
+from .gridded import InSquares, output_of, resized_as_stock
 from .on_demand import fast_class, on_demand
 from .resized import ResizedPositions
 from .weights import Derived
@@ -26,7 +26,7 @@ from .weights import Derived
 MODULES = {"Cosmos3EdgeVisionModel": "cosmos3_edge"}
 
 
-class Cosmos3EdgeTower(Gridded):
+class Cosmos3EdgeTower(InSquares):
     has_own_positions = True
     pools: bool  # whether the pooler's output is the last hidden state
 
@@ -42,28 +42,15 @@ class Cosmos3EdgeTower(Gridded):
     def _side(self) -> int:
         return self.embeddings.config.spatial_merge_size  # what stock goes by
 
-    def _merges(self, grids: Sequence[Grid]) -> int:
-        return self._side
-
-    def _grids_reason(self, grids: Sequence[Grid]) -> str | None:
-        return None if whole_squares(grids, self._side) else f"the sides of grid_thw are no multiples of {self._side}"
-
     def _position(
         self, derived: Derived, grids: list[Grid], place: np.ndarray, upload: Upload
     ) -> Callable[[], Position]:
         sizes = [(h, w, self._side) for _, h, w in grids]
-        table, offsets = derived.kept(_Positions, self.embeddings).of(sizes)
-        of_frames = np.repeat(offsets, [t for t, _, _ in grids])
-        index = upload.add(ranges(of_frames, frames(grids))[:, None])
-        return lambda: Position(table, index())
+        return resized_as_stock(derived.kept(_Positions, self.embeddings), sizes, grids, upload)
 
     def _made(self, outputs: PackedOutputs) -> BaseModelOutputWithPooling:
         last = outputs.last_hidden_state
         return BaseModelOutputWithPooling(last_hidden_state=last, pooler_output=last if self.pools else None)
-
-    @property
-    def example_side(self) -> int:
-        return self._side
 
 
 class _Positions(ResizedPositions):

@@ -17,15 +17,15 @@ from ..forward import PackedOutputs
 from ..ops import Position
 from ..running.grids import Grid
 from ..running.packing import Upload
-from .anatomy import Unsupported, layer_view, of_layers, packed_embeddings
-from .gridded import Gridded, output_of, resized_bilinearly, whole_squares
+from .anatomy import Unsupported, block_view, blocks_view, of_layers
+from .gridded import InSquares, output_of, resized_bilinearly
 from .on_demand import fast_class, on_demand
 from .weights import Derived
 
 MODULES = {"GlmImageVisionModel": "glm_image"}
 
 
-class GlmImageTower(Gridded):
+class GlmImageTower(InSquares):
     layers_at = ("blocks",)
     attention_name = "attn"
     pools: bool  # whether the pooler's output is the last hidden state
@@ -38,13 +38,10 @@ class GlmImageTower(Gridded):
         of `siglip_fast.models.qwen3_vl.Qwen3VLTower.forward`."""
         return self._forward(pixel_values, grid_thw, **kwargs)
 
-    def _merges(self, grids: Sequence[Grid]) -> int:
-        return self.spatial_merge_size
-
     def _grids_reason(self, grids: Sequence[Grid]) -> str | None:
-        if not whole_squares(grids, self.spatial_merge_size):
-            return f"the sides of grid_thw are no multiples of {self.spatial_merge_size}"
-        return "grid_thw has a video" if max(grids)[0] > 1 else None  # stock takes each frame for an image more
+        if max(grids)[0] > 1:
+            return "grid_thw has a video"  # each frame of which stock takes for an image more
+        return super()._grids_reason(grids)
 
     def _position(
         self, derived: Derived, grids: list[Grid], place: np.ndarray, upload: Upload
@@ -56,32 +53,15 @@ class GlmImageTower(Gridded):
         last = outputs.last_hidden_state
         return BaseModelOutputWithPooling(last_hidden_state=last, pooler_output=last if self.pools else None)
 
-    @property
-    def example_side(self) -> int:
-        return self.spatial_merge_size
-
 
 def _check(tower: nn.Module) -> None:
-    if tower.blocks[0].attn.qkv.bias is None:
-        raise Unsupported("its projections have no bias")
     if (method := tower.embeddings.interpolated_method) != "bilinear":
         raise Unsupported(f"embeddings.interpolated_method is {method!r}, not 'bilinear'")
 
 
 def _view(tower: nn.Module) -> types.SimpleNamespace:
     """The tower under the names of transformers' SigLIP."""
-    proj = tower.patch_embed.proj
-    return types.SimpleNamespace(
-        embeddings=packed_embeddings(proj, proj.kernel_size[-1]),
-        encoder=types.SimpleNamespace(layers=[_layer(block) for block in tower.blocks]),
-        post_layernorm=None,
-        activation="erf",
-    )
-
-
-def _layer(block: nn.Module) -> types.SimpleNamespace:
-    own = block.attn
-    return layer_view((block.norm1, block.norm2), own.qkv, own.proj, own.num_heads, block.mlp)
+    return blocks_view(tower, [block_view(block, block.mlp) for block in tower.blocks], activation="erf")
 
 
 def _fast(home: types.ModuleType, stock: type[nn.Module]) -> type[nn.Module]:

@@ -19,16 +19,17 @@ from ..forward import PackedOutputs, Packing
 from ..ops import Position, Rotation
 from ..running.grids import Grid, bilinear, frames, places, read
 from ..running.packed_graphs import Call
-from ..running.packing import Upload, add_segments
+from ..running.packing import Upload, add_segments, ranges
 from ..running.traced import gridded_forward
 from .anatomy import descendant
 from .base import Built
 from .captured_packed import CapturedPacked
 from .outputs import in_asked_form
 from .packed import joined, together, with_own_positions
+from .resized import ResizedPositions
 from .rotary import RotaryTable
 from .traced import Traced
-from .weights import Derived
+from .weights import Derived, finish
 
 
 class Gridded(Built, Traced, CapturedPacked):
@@ -77,7 +78,7 @@ class Gridded(Built, Traced, CapturedPacked):
     def traced_outputs(self) -> list[tuple[int, int]]:
         """The first tensors of the output where torch.compile traces: of how many rows of pixels each has one row, 0 if
         that depends on the grids, and how wide such a row is."""
-        return [(1, self.config.hidden_size)]
+        return [(1, len(self._patch_weight()))]
 
     def _of_traced(self, tensors: list[Tensor]) -> PackedOutputs:
         """The outputs of which these are the tensors, each `[rows, width]`."""
@@ -133,7 +134,7 @@ class Gridded(Built, Traced, CapturedPacked):
             return grids
         if min(map(min, grids)) < 1:
             return f"{self.grids_name} is not positive"
-        if (rows := sum(_rows_of(grids))) != shape[at]:
+        if (rows := sum(rows_of(grids))) != shape[at]:
             return f"{self.pixels_name} have {shape[at]} rows, by {self.grids_name} {rows}"
         return self._grids_reason(grids) or grids
 
@@ -153,7 +154,7 @@ class Gridded(Built, Traced, CapturedPacked):
         self, derived: Derived, pixel_values: Tensor, grids: list[Grid], kwargs: dict[str, Any]
     ) -> tuple[PackedOutputs, tuple[Tensor | None, ...]]:
         """The outputs, and the hidden states, if they were asked for."""
-        pixel_rows, lengths = self._rows(pixel_values), _rows_of(grids)
+        pixel_rows, lengths = self._rows(pixel_values), rows_of(grids)
         parts, states, begin = [], [], 0
         for images in together(lengths, derived.ops.images_at_once(pixel_rows.device, tokens=1)):
             end, some = begin + sum(lengths[images]), grids[images]
@@ -179,7 +180,7 @@ class Gridded(Built, Traced, CapturedPacked):
     example_side = 2  # of an image that any such tower takes, in patches
 
     def _counts(self, grids: list[Grid]) -> tuple[int, int]:
-        return sum(_rows_of(grids)), len(self._segment_lengths(grids))
+        return sum(rows_of(grids)), len(self._segment_lengths(grids))
 
     def _call(self, derived: Derived, pixel_values: Tensor, grids: list[Grid]) -> Call:
         packing = self._pack(derived, grids)
@@ -188,7 +189,7 @@ class Gridded(Built, Traced, CapturedPacked):
         return Call(self._rows(pixel_values), packing, has_own_positions=self.has_own_positions)
 
     def _segment_lengths(self, grids: Sequence[Grid]) -> np.ndarray:
-        return np.array(_rows_of(grids)) if self.joins_frames else frames(grids)
+        return np.array(rows_of(grids)) if self.joins_frames else frames(grids)
 
     def _pack(self, derived: Derived, grids: list[Grid]) -> Packing:
         place, upload = places(grids, self._merges(grids)), Upload()
@@ -203,7 +204,25 @@ class Gridded(Built, Traced, CapturedPacked):
         return Packing(segments(), position(), rotation=rotation)
 
 
-def _rows_of(grids: Sequence[Grid]) -> list[int]:
+class InSquares(Gridded):
+    """Those whose images are of whole squares of patches, the rows of each of which are neighbours."""
+
+    @property
+    def _side(self) -> int:
+        return self.spatial_merge_size
+
+    def _merges(self, grids: Sequence[Grid]) -> int:
+        return self._side
+
+    def _grids_reason(self, grids: Sequence[Grid]) -> str | None:
+        return None if whole_squares(grids, self._side) else f"the sides of grid_thw are no multiples of {self._side}"
+
+    @property
+    def example_side(self) -> int:
+        return self._side
+
+
+def rows_of(grids: Sequence[Grid]) -> list[int]:
     return [t * h * w for t, h, w, *_ in grids]
 
 
@@ -214,6 +233,30 @@ def resized_bilinearly(
     index, weight = map(upload.add, bilinear(place, grids, side, align_corners))
     table = learned.detach().resolve_neg().contiguous()
     return lambda: Position(table, index(), weight())
+
+
+def resized_as_stock(
+    positions: ResizedPositions, sizes: list[tuple[int, ...]], grids: Sequence[Grid], upload: Upload
+) -> Callable[[], Position]:
+    """As `Gridded._position`, of positions of each size, which all frames of a video have. They are the call's own."""
+    table, offsets = positions.of(sizes)
+    of_frames = np.repeat(offsets, [t for t, _, _ in grids])
+    index = upload.add(ranges(of_frames, frames(grids))[:, None])
+    return lambda: Position(table, index())
+
+
+def without_positions(derived: Derived, weight: Tensor, rows: int, upload: Upload) -> Callable[[], Position]:
+    """As `Gridded._position`, of a tower that adds none; `weight` is that of its projection of patches."""
+    table, index = derived.kept(_no_position, weight), upload.add(np.zeros((rows, 1), np.int32))
+    return lambda: Position(table, index())
+
+
+def _no_position(weight: Tensor) -> Tensor:
+    """`[1, D]`: zeros."""
+    with torch.inference_mode(False):
+        table = weight.detach().new_zeros(1, len(weight))
+    finish(table)
+    return table
 
 
 def whole_squares(grids: Sequence[Grid], side: int) -> bool:

@@ -59,8 +59,6 @@ def _anatomy(home: types.ModuleType) -> Anatomy:
     def check(tower: nn.Module) -> None:
         if tower.config.use_qk_norm:
             raise Unsupported("use_qk_norm is True")
-        if not tower.config.attention_bias:
-            raise Unsupported("attention_bias is False")
         siglips.check(tower)
 
     return siglips._replace(check=check, view=_view)

@@ -104,8 +104,6 @@ def _check(tower: nn.Module, stock: type[nn.Module]) -> None:
     check_head_dim(attention.head_dim)
     if attention.num_key_value_groups != 1:
         raise Unsupported(f"{attention.num_key_value_groups} heads share a key")
-    if attention.q_proj.bias is None:
-        raise Unsupported("attention_bias is False")
     compare("patch_embedding", tower.patch_embedding, expected.patch_embedding)
     if tower.positional_embedding.shape != expected.positional_embedding.shape:
         raise Unsupported(f"positional_embedding has shape {list(tower.positional_embedding.shape)}")

@@ -1,16 +1,10 @@
 """Vision towers of transformers that are close to SigLIP's and are left alone, each with the reason."""
 
-_QUICK_GELU = "its activation is quick_gelu"
-_ERF = "its activation is GELU's exact form, and its embeddings are its own: not supported yet"
 _GATED = "RMSNorm and a gated MLP in place of LayerNorm and fc1, fc2"
 _SCALED = "its layers scale what they add (LayerScale)"
 
 # By the class's name, as `transformers.models.PART.modeling_PART` has it: that part, and the reason
 _OTHERS = {
-    "Qwen2VisionTransformerPretrainedModel": ("qwen2_vl", _QUICK_GELU),
-    "Ernie4_5_VLMoeVisionTransformerPretrainedModel": ("ernie4_5_vl_moe", _QUICK_GELU),
-    "HunYuanVLVisionTransformer": ("hunyuan_vl", _ERF),
-    "HYV4VLVisionModel": ("hy_v4_vl", _ERF),
     "MiniMaxM3VLVisionModel": ("minimax_m3_vl", "rotary positions of three axes, on a part of each head"),
     "MuseGlimmerVisionModel": ("muse_glimmer", "most of its layers attend in windows"),
     "MuseSparkVisionModel": ("muse_spark", "most of its layers attend in windows"),

@@ -5,7 +5,7 @@ side are a view. One frame is one segment of attention.
 """
 
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -18,8 +18,8 @@ from ..forward import PackedOutputs
 from ..ops import Position
 from ..running.grids import Grid
 from ..running.packing import Upload
-from .anatomy import Unsupported, layer_view, of_layers, packed_embeddings
-from .gridded import Gridded, resized_bilinearly, whole_squares
+from .anatomy import Unsupported, block_view, blocks_view, of_layers
+from .gridded import InSquares, resized_bilinearly
 from .on_demand import fast_class, on_demand
 from .weights import Derived
 
@@ -35,7 +35,7 @@ MODULES = {
 }
 
 
-class Qwen3VLTower(Gridded):
+class Qwen3VLTower(InSquares):
     layers_at = ("blocks",)
     attention_name = "attn"
     rotary_at = ("rotary_pos_emb",)
@@ -65,13 +65,6 @@ class Qwen3VLTower(Gridded):
         if self.config.spatial_merge_size != self.spatial_merge_size:  # stock goes by the one here, by the other there
             yield f"spatial_merge_size is {self.spatial_merge_size}, by the config {self.config.spatial_merge_size}"
 
-    def _merges(self, grids: Sequence[Grid]) -> int:
-        return self.spatial_merge_size
-
-    def _grids_reason(self, grids: Sequence[Grid]) -> str | None:
-        merge = self.spatial_merge_size
-        return None if whole_squares(grids, merge) else f"the sides of grid_thw are no multiples of {merge}"
-
     def _position(
         self, derived: Derived, grids: list[Grid], place: np.ndarray, upload: Upload
     ) -> Callable[[], Position]:
@@ -90,12 +83,12 @@ class Qwen3VLTower(Gridded):
         return self.spatial_merge_size**2
 
     @property
-    def example_side(self) -> int:
-        return self.spatial_merge_size
+    def _merged_width(self) -> int:
+        return self.config.out_hidden_size
 
     def traced_outputs(self) -> list[tuple[int, int]]:
         features = len(self.deepstack_visual_indexes) if _has_taps(self) else 0
-        merged = [(self.multiple_of, self.config.out_hidden_size)] * (1 + features)
+        merged = [(self.multiple_of, self._merged_width)] * (1 + features)
         return merged if self.output_class is None else [*super().traced_outputs(), *merged]
 
     def _of_traced(self, tensors: list[Tensor]) -> PackedOutputs:
@@ -124,28 +117,25 @@ def _check(tower: nn.Module) -> None:
 
 def _view(tower: nn.Module) -> types.SimpleNamespace:
     """The tower under the names of transformers' SigLIP, and what it has beside."""
-    proj, taps = tower.patch_embed.proj, {}
+    taps = {}
     if _has_taps(tower):
         indexes = [*tower.deepstack_visual_indexes]
         taps = {i + 1: tower.deepstack_merger_list[indexes.index(i)] for i in range(len(tower.blocks)) if i in indexes}
-    return types.SimpleNamespace(
-        embeddings=packed_embeddings(proj, proj.kernel_size[-1]),
-        encoder=types.SimpleNamespace(layers=[_layer(block) for block in tower.blocks]),
-        post_layernorm=None,
+    return blocks_view(
+        tower,
+        [_layer(block) for block in tower.blocks],
         rotates=True,
-        merger=_merger(tower.merger),
-        taps={layers: _merger(merger) for layers, merger in taps.items()},
+        merger=merger_view(tower.merger),
+        taps={layers: merger_view(merger) for layers, merger in taps.items()},
     )
 
 
 def _layer(block: nn.Module) -> types.SimpleNamespace:
-    attention = block.attn
-    mlp = types.SimpleNamespace(fc1=block.mlp.linear_fc1, fc2=block.mlp.linear_fc2)
-    return layer_view((block.norm1, block.norm2), attention.qkv, attention.proj, attention.num_heads, mlp)
+    return block_view(block, types.SimpleNamespace(fc1=block.mlp.linear_fc1, fc2=block.mlp.linear_fc2))
 
 
-def _merger(merger: nn.Module) -> types.SimpleNamespace:
-    if hasattr(merger, "ln_q"):  # Qwen3-Omni's names
+def merger_view(merger: nn.Module) -> types.SimpleNamespace:
+    if hasattr(merger, "ln_q"):  # Qwen2-VL's and Qwen3-Omni's names
         return types.SimpleNamespace(norm=merger.ln_q, fc1=merger.mlp[0], fc2=merger.mlp[2])
     return types.SimpleNamespace(norm=merger.norm, fc1=merger.linear_fc1, fc2=merger.linear_fc2)
 

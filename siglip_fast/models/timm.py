@@ -13,7 +13,7 @@ from timm.layers.activations import GELU, GELUTanh
 from timm.models import vision_transformer as stock
 from torch import Tensor, nn
 
-from .anatomy import Anatomy, Unsupported, check_head_dim, check_tensors, compare, compare_class, descendant, layer_view
+from .anatomy import Anatomy, Unsupported, block_view, check_head_dim, check_tensors, compare, compare_class, descendant
 from .base import Fused
 
 # Of the tower itself, whose every forward looks at them; what lies below it is compared once, then watched.
@@ -70,17 +70,12 @@ def view(tower: stock.VisionTransformer) -> SimpleNamespace:
         embeddings=SimpleNamespace(
             patch_embedding=conv, patch_size=conv.kernel_size[0], num_patches=tower.patch_embed.num_patches
         ),
-        encoder=SimpleNamespace(layers=[_layer(block) for block in tower.blocks]),
+        encoder=SimpleNamespace(layers=[block_view(block, block.mlp) for block in tower.blocks]),
         post_layernorm=tower.norm,
         use_head=pool is not None,
         head=None if pool is None else _head(pool),
         activation="erf" if type(tower.blocks[0].mlp.act) in _EXACT_GELU else "tanh",
     )
-
-
-def _layer(block: nn.Module) -> SimpleNamespace:
-    own = block.attn
-    return layer_view((block.norm1, block.norm2), own.qkv, own.proj, own.num_heads, block.mlp)
 
 
 def _head(pool: nn.Module) -> SimpleNamespace:

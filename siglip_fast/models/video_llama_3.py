@@ -20,9 +20,9 @@ from ..ops import Position
 from ..running.grids import Grid, read
 from ..running.packing import Upload
 from .anatomy import of_layers, siglip_view
-from .gridded import Gridded, output_of
+from .gridded import Gridded, output_of, without_positions
 from .on_demand import fast_class, on_demand
-from .weights import Derived, finish
+from .weights import Derived
 
 MODULES = {"VideoLlama3VisionModel": "video_llama_3"}
 
@@ -58,9 +58,7 @@ class VideoLlama3Tower(Gridded):
     def _position(
         self, derived: Derived, grids: list[Grid], place: np.ndarray, upload: Upload
     ) -> Callable[[], Position]:
-        table = derived.kept(_no_position, self._patch_weight())
-        index = upload.add(np.zeros((len(place), 1), np.int32))
-        return lambda: Position(table, index())
+        return without_positions(derived, self._patch_weight(), len(place), upload)
 
     def _finished(self, outputs: PackedOutputs, grids: list[Grid]) -> PackedOutputs:
         parts, begin = [], 0
@@ -79,14 +77,6 @@ class VideoLlama3Tower(Gridded):
 
     def traced_outputs(self) -> list[tuple[int, int]]:
         return [(0, self.config.hidden_size)]
-
-
-def _no_position(weight: Tensor) -> Tensor:
-    """`[1, D]`: zeros."""
-    with torch.inference_mode(False):
-        table = weight.detach().new_zeros(1, len(weight))
-    finish(table)
-    return table
 
 
 def _shrunk(rows: Tensor, merge: int) -> Tensor:

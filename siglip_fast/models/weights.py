@@ -169,7 +169,7 @@ def tower_weights(tower: Any, ops: Ops, dtype: torch.dtype | None = None) -> Tow
     # Rows of patches are of images of any size: nothing is packed for one number of tokens.
     tokens = 1 if isinstance(conv, nn.Linear) else tower.embeddings.num_patches
     make, make_pooled = (Maker(ops, dtype, tokens) for tokens in (tokens, 1))
-    patch = PatchEmbedding(make.plain(conv.weight).flatten(1), make.plain(conv.bias), tower.embeddings.patch_size)
+    patch = PatchEmbedding(make.plain(conv.weight).flatten(1), make.plain(bias_of(conv)), tower.embeddings.patch_size)
     return TowerWeights(
         patch=make.pack(patch),
         layers=[make.layer(layer, rotates) for layer in tower.encoder.layers],
@@ -192,14 +192,14 @@ class Maker:
 
     def layer(self, layer: nn.Module, rotates: bool) -> LayerWeights:
         attention = layer.self_attn
-        projections = [(p.weight, p.bias) for p in (attention.q_proj, attention.k_proj, attention.v_proj)]
+        projections = [(p.weight, bias_of(p)) for p in (attention.q_proj, attention.k_proj, attention.v_proj)]
         if rotates:
             projections[:2] = [[in_pairs(t, attention.num_heads) for t in own] for own in projections[:2]]
         weight, bias = map(torch.cat, zip(*projections, strict=True))
         return LayerWeights(
             qkv=self.fold(layer.layer_norm1, weight, bias),
             out_proj=self.linear(attention.out_proj),
-            fc1=self.fold(layer.layer_norm2, layer.mlp.fc1.weight, layer.mlp.fc1.bias),
+            fc1=self.fold(layer.layer_norm2, layer.mlp.fc1.weight, bias_of(layer.mlp.fc1)),
             fc2=self.linear(layer.mlp.fc2),
         )
 
@@ -225,7 +225,7 @@ class Maker:
         return MergerWeights(self.norm(norm), self.linear(fc1), fc2)
 
     def linear(self, linear: nn.Linear) -> Linear:
-        return self.pack(Linear(self.plain(linear.weight), self.plain(linear.bias)))
+        return self.pack(Linear(self.plain(linear.weight), self.plain(bias_of(linear))))
 
     def norm(self, norm: nn.LayerNorm) -> Norm:
         # not in autocast's dtype: this one's input and output are the residual stream's
@@ -238,6 +238,11 @@ class Maker:
     def plain(self, parameter: Tensor) -> Tensor:
         """The parameter's own memory where it is as the kernels index it, else a copy."""
         return parameter.detach().resolve_neg().to(self._dtype).contiguous()
+
+
+def bias_of(projection: Any) -> Tensor:
+    """Of a projection without bias zeros: what an operation without one would save is next to nothing."""
+    return projection.weight.new_zeros(len(projection.weight)) if projection.bias is None else projection.bias
 
 
 def in_pairs(projection: Tensor, num_heads: int) -> Tensor:

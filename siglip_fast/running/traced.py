@@ -163,8 +163,8 @@ def gridded_tower(
     """Pixels of M rows, as the model takes them, and `grid_thw [B, 3]` → the first tensors of the model's output: for `rows[i]`
     rows of pixels each a row of `widths[i]`, or, where `rows[i]` is 0, however many there are; `vision_tower` has the rest."""
     output = _output(handle, tensors, pixel_values, grid_thw, *beside)
-    leaves = tree_leaves(output if isinstance(output, tuple) else [*output.values()])
-    return [tensor.flatten(1).contiguous() for tensor in leaves[: len(rows)]]
+    leaves = tree_leaves([*output.values()] if isinstance(output, dict) else output)
+    return [tensor.reshape(-1, width).contiguous() for tensor, width in zip(leaves, widths, strict=False)]
 
 
 @gridded_tower.register_fake

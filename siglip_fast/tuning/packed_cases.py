@@ -18,7 +18,7 @@ from . import cases as of_one_size
 from .cache import Operation, bucket
 from .cases import PLAIN, TANH, Case, of_pooled, row_moments
 
-ERF = ACTIVATIONS.index("erf")
+ERF, QUICK = (ACTIVATIONS.index(activation) for activation in ("erf", "quick"))
 SHARES = (1, 15, 64, 100, 64, 33)  # of the longest image, in percent
 LONGEST, PATCHES = 1000, 256  # of a mix; of the longest image of which only their number is known
 Named = tuple[str, tuple[int, ...]]
@@ -39,6 +39,9 @@ GRIDDED = {  # by model_type
     "video_llama_3_vision": Gridded(1, True),
     "cosmos3_edge_vision": Gridded(1, False),
     "glm_image_vision": Gridded(4, False, ERF, is_normed=False),
+    "hunyuan_vl_vision": Gridded(4, False, ERF, is_normed=False),
+    "hy_v4_vl_vision": Gridded(1, False, ERF, is_normed=False),
+    "ernie4_5_vl_moe_vision": Gridded(1, True, QUICK),
 }
 
 
@@ -136,11 +139,17 @@ def _naflex(config: Siglip2VisionConfig, rows: int) -> dict[int, list[Named]]:
 
 
 def _merging(config: PretrainedConfig, rows: int) -> dict[int, list[Named]]:
-    """Of Qwen3-VL and its descendants."""
-    D, F, H, merged = config.hidden_size, config.intermediate_size, config.num_heads, config.spatial_merge_size**2
+    """Of Qwen3-VL and its descendants, and of Qwen2-VL, whose hidden_size is that of what it merges into."""
+    H, merged = config.num_heads, config.spatial_merge_size**2
+    if hasattr(config, "embed_dim"):
+        D, out, taps, activation = config.embed_dim, config.hidden_size, 1, QUICK
+        F = int(D * config.mlp_ratio)
+    else:
+        D, F, out, taps, activation = config.hidden_size, config.intermediate_size, config.out_hidden_size, 4, TANH
     K, wide = config.in_channels * config.temporal_patch_size * config.patch_size**2, merged * D
-    of_rows = [("patch_embed_rows", (D, K, 4)), *_layers(D, F, H, rotation=(1, D // H)), ("layernorm", (D,))]
-    of_merged = [("linear", (wide, wide, ERF)), ("linear", (config.out_hidden_size, wide, PLAIN))]
+    layers = _layers(D, F, H, (1, D // H), activation)
+    of_rows = [("patch_embed_rows", (D, K, taps)), *layers, ("layernorm", (D,))]
+    of_merged = [("linear", (wide, wide, ERF)), ("linear", (out, wide, PLAIN))]
     if getattr(config, "deepstack_visual_indexes", None):
         of_merged.append(("layernorm_linear", (wide, wide, ERF, merged, 0)))
     return {merged * (rows // merged): of_rows, rows // merged: of_merged}

@@ -4,6 +4,7 @@ import copy
 import importlib
 import importlib.util
 import inspect
+import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -31,15 +32,18 @@ class Family(NamedTuple):
     side: int = 2  # of the squares that a grid has to consist of
     takes_beside: bool = False  # merge_sizes
     images_only: bool = False  # frames of videos are images then
+    pixels: str = "pixel_values"  # the argument's name
+    drops: bool = True  # whether its layers heed a rate of attention dropout
+    adds_tokens: bool = False  # of no patch, behind each image's merged rows and between them
 
     def call(self, grids: Grids, dtype: torch.dtype = torch.float32, merges: Sequence[int] | None = None) -> Call:
         """The forward's arguments. A few columns of the pixels dwarf the others."""
         if self.images_only:
             grids = [(min(t, 1), h, w) for t, h, w in grids for _ in range(max(t, 1))]
         count = sum(t * h * w for t, h, w in grids)
-        rows = torch.randn(count, 48, generator=torch.Generator().manual_seed(1))
+        rows = torch.randn(count, math.prod(self.row), generator=torch.Generator().manual_seed(1))
         rows[:, ::16] *= 30
-        call = {"pixel_values": rows.view(count, *self.row).to(dtype), "grid_thw": torch.tensor(grids)}
+        call = {self.pixels: rows.view(count, *self.row).to(dtype), "grid_thw": torch.tensor(grids)}
         if self.takes_beside:
             call["merge_sizes"] = torch.tensor([2 if t > 1 else 1 for t, _, _ in grids] if merges is None else merges)
         if self.name == "PaddleOCRVisionTransformer":
@@ -51,13 +55,31 @@ class Family(NamedTuple):
         return call
 
 
-GLM_IMAGE = {"depth": 3, "num_heads": 2, "image_size": 40, "spatial_merge_size": 2}
+BLOCKS = {"depth": 3, "num_heads": 2}  # as some configs call what others call num_hidden_layers, num_attention_heads
+GLM_IMAGE = BLOCKS | {"image_size": 40, "spatial_merge_size": 2}
+QWEN2_VL = BLOCKS | {"embed_dim": 64, "hidden_size": 48, "mlp_ratio": 2}  # of what it merges into, the latter
 FAMILIES = {
     "paddleocr_vl": Family("PaddleOCRVisionTransformer", {"image_size": 40}, (3, 4, 4), side=1),
-    "kimi_k25": Family("Kimi_K25VisionModel", {"pos_emb_height": 10, "pos_emb_width": 10}, (3, 4, 4)),
+    "kimi_k25": Family("Kimi_K25VisionModel", {"pos_emb_height": 10, "pos_emb_width": 10}, (3, 4, 4), drops=False),
     "video_llama_3": Family("VideoLlama3VisionModel", {}, (48,), takes_beside=True),
     "glm_image": Family("GlmImageVisionModel", GLM_IMAGE, (48,), images_only=True),
     "cosmos3_edge": Family("Cosmos3EdgeVisionModel", {"num_patches": 100}, (48,)),
+    "qwen2_vl": Family("Qwen2VisionTransformerPretrainedModel", QWEN2_VL, (96,), pixels="hidden_states", drops=False),
+    "ernie4_5_vl_moe": Family(
+        "Ernie4_5_VLMoeVisionTransformerPretrainedModel", BLOCKS, (48,), pixels="hidden_states", drops=False
+    ),
+    "hunyuan_vl": Family(
+        "HunYuanVLVisionTransformer",
+        {"max_image_size": 40, "text_hidden_size": 48},
+        (48,),
+        side=1,
+        images_only=True,
+        drops=False,
+        adds_tokens=True,
+    ),
+    "hy_v4_vl": Family(
+        "HYV4VLVisionModel", {"max_image_size": 40, "out_hidden_size": 48}, (48,), side=1, drops=False, adds_tokens=True
+    ),
 }
 
 
@@ -77,9 +99,12 @@ def tower(family: str, dtype: torch.dtype = torch.float32, **values) -> nn.Modul
     """A stock tower with nothing at its neutral value."""
     stock = stock_class(family)
     torch.manual_seed(0)
-    config = stock.config_class(**SIZE | FAMILIES[family].values | values)
+    values = SIZE | FAMILIES[family].values | values
+    if "depth" in values:
+        values["depth"] = values.pop("num_hidden_layers")
+    config = stock.config_class(**values)
     config._attn_implementation = "sdpa"
-    return without_neutral_values(stock(config), scores=("q_proj", "k_proj")).to(dtype)
+    return without_neutral_values(stock(config), scores=("q_proj", "k_proj", "qkv")).to(dtype)
 
 
 def fast(stock, **kwargs):

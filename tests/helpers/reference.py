@@ -26,6 +26,10 @@ def gelu_tanh(x):
     return 0.5 * x * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3)))
 
 
+def quick_gelu(x):
+    return x / (1 + torch.exp(-1.702 * x))
+
+
 def attention(qkv):
     q, k, v = (t.double().transpose(1, 2) for t in qkv.unbind(2))
     scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5

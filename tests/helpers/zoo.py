@@ -63,7 +63,8 @@ def make(architecture: str, config: str, **values) -> PreTrainedModel:
             if parameter.ndim > 1:  # large enough that the outputs tell one image from another
                 parameter.normal_(0, parameter[0].numel() ** -0.5)
             else:
-                parameter.normal_(float("norm" in name and name.endswith("weight")), 0.3)
+                is_norm = "norm" in name or ".ln." in name
+                parameter.normal_(float(is_norm and name.endswith("weight")), 0.3)
     return model.eval()
 
 
@@ -296,9 +297,10 @@ MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
 TOKENS = {"image_token_id": IMAGE, "video_token_id": 62, "vision_start_token_id": 60, "vision_end_token_id": 61}
 
 
-def gridded(model: PreTrainedModel, *row: int) -> tuple[PreTrainedModel, Inputs]:
-    """And two images, of 4 × 4 and of 2 × 6 patches, in one prompt; a token is what four patches make."""
-    ids = torch.tensor([[1, 60, *[IMAGE] * 4, 61, 5, 60, *[IMAGE] * 3, 61, 6]])
+def gridded(model: PreTrainedModel, *row: int, tokens: tuple[int, int] = (4, 3)) -> tuple[PreTrainedModel, Inputs]:
+    """And two images, of 4 × 4 and of 2 × 6 patches, in one prompt; a token is what four patches make, mostly."""
+    first, second = ([IMAGE] * count for count in tokens)
+    ids = torch.tensor([[1, 60, *first, 61, 5, 60, *second, 61, 6]])
     pixel_values = torch.randn(28, *row, generator=torch.Generator().manual_seed(1))
     inputs = {"input_ids": ids, "pixel_values": pixel_values, "image_grid_thw": torch.tensor([[1, 4, 4], [1, 2, 6]])}
     if "mm_token_type_ids" in inspect.signature(model.forward).parameters:
@@ -354,6 +356,64 @@ def video_llama_3():
     model, inputs = gridded(vlm("VideoLlama3", text="qwen2", vision_config=vision, **TOKENS), 3 * 8 * 8)
     sizes = {"image_grid_thw": torch.tensor([[1, 4, 4], [1, 1, 3]]), "image_merge_sizes": torch.tensor([2, 1])}
     return model, {**inputs, **sizes, "pixel_values": inputs["pixel_values"][:19]}
+
+
+@zoo
+def qwen2_vl():
+    text = TEXT | {"rope_parameters": MROPE, "rope_scaling": MROPE}  # the latter until transformers 5
+    vision = {"depth": 2, "embed_dim": 64, "hidden_size": 32, "mlp_ratio": 2, "num_heads": 4, "patch_size": 8}
+    values = {"text_config": text, "vision_config": vision, **TOKENS}
+    return gridded(make("Qwen2VLForConditionalGeneration", "Qwen2VLConfig", **values), 3 * 2 * 8 * 8)
+
+
+@zoo
+def ernie4_5_vl_moe():
+    text = {**TEXT, "moe_intermediate_size": [16, 16], "moe_num_experts": 4, "moe_k": 2, "moe_num_shared_experts": 1}
+    text |= {"mlp_layer_types": ["dense", "sparse"], "rope_parameters": MROPE | {"mrope_section": [3, 3, 2]}}
+    vision = {"depth": 2, "hidden_size": 64, "intermediate_size": 100, "num_heads": 4, "patch_size": 8}
+    values = {"text_config": text, "vision_config": vision, "image_start_token_id": 60, "image_end_token_id": 61}
+    values |= {"image_token_id": IMAGE, "video_token_id": 62}
+    model = make("Ernie4_5_VLMoeForConditionalGeneration", "Ernie4_5_VLMoeConfig", **values)
+    return gridded(model, 3 * 8 * 8)
+
+
+@zoo
+def glm_image():
+    """Of whose images each patch is a token: the nearest of a codebook, so the outputs are equal or far apart. The last
+    grid is that of an image to be made."""
+    text = {"model_type": "glm_image_text", **TEXT, "vision_vocab_size": 16, "rope_parameters": MROPE}
+    vision = {
+        "depth": 2,
+        "hidden_size": 64,
+        "intermediate_size": 100,
+        "num_heads": 4,
+        "patch_size": 8,
+        "image_size": 48,
+    }
+    vq = {"embed_dim": 8, "num_embeddings": 16, "latent_channels": 64}
+    values = {"text_config": text, "vision_config": vision, "vq_config": vq, "image_token_id": IMAGE}
+    model = vlm("GlmImage", text="", **values, image_start_token_id=60, image_end_token_id=61)
+    model, inputs = gridded(model, 3 * 8 * 8, tokens=(16, 12))
+    to_make = torch.tensor([[1, 4, 4]])
+    return model, {**inputs, "image_grid_thw": torch.cat([inputs["image_grid_thw"], to_make])}
+
+
+@zoo
+def hunyuan_vl():
+    text = {"model_type": "hunyuan_vl_text", **TEXT, "rope_parameters": MROPE | {"mrope_section": [2, 2, 2, 2]}}
+    vision = {**SIZE, "patch_size": 8, "max_image_size": 48}
+    model = vlm("HunYuanVL", text="", text_config=text, vision_config=vision, image_token_id=IMAGE)
+    return gridded(model, 3 * 8 * 8, tokens=(8, 6))  # begin, end, and an end of each line
+
+
+@zoo
+def hy_v4_vl():
+    text = {"model_type": "hy_v4_vl_text", **TEXT, "moe_intermediate_size": 16, "n_routed_experts": 4}
+    text |= {"num_experts_per_tok": 2, "index_n_heads": 2, "index_head_dim": 24, "q_lora_rank": 8, "kv_lora_rank": 8}
+    text |= {"qk_nope_head_dim": 8, "qk_rope_head_dim": 16, "v_head_dim": 8, "rope_parameters": MROPE}
+    vision = {**SIZE, "patch_size": 8, "max_image_size": 48, "out_hidden_size": 32}
+    model = vlm("HYV4VL", text="", text_config=text, vision_config=vision, image_token_id=IMAGE)
+    return gridded(model, 3 * 8 * 8, tokens=(6, 4))  # an end of each line
 
 
 @zoo

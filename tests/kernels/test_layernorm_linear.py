@@ -5,6 +5,7 @@ import reference
 import torch
 from torch import nn
 from torch.nn import functional as F
+from transformers.activations import ACT2FN
 
 from siglip_fast.models.weights import Maker
 from siglip_fast.ops import Linear, Ops
@@ -97,13 +98,36 @@ def test_a_row_does_not_depend_on_its_batch(dtype, backend, device):
     assert torch.equal(together[130:], alone)
 
 
+FORMS = {  # of the activation: in float64, and as stock computes it
+    None: (lambda y: y, lambda y: y),
+    "tanh": (reference.gelu_tanh, ACT2FN["gelu_pytorch_tanh"]),
+    "erf": (F.gelu, ACT2FN["gelu"]),
+    "quick": (reference.quick_gelu, ACT2FN["quick_gelu"]),
+}
+
+
+@pytest.mark.parametrize("activation", ["erf", "quick"])
 @pytest.mark.parametrize("M, K, N", [(3, 128, 136), (70, 72, 100)])
-def test_exact_gelu(M, K, N, dtype, backend, device):
+def test_other_gelus(M, K, N, activation, dtype, backend, device):
+    exact, stock = FORMS[activation]
     x, norm, weight, bias = make(M, K, N, dtype, device)
     folded = fold(norm, weight, bias, backend, tokens=M)
-    out = Ops(backend).layernorm_linear(x, moments_of(x, backend), folded, "erf")
+    out = Ops(backend).layernorm_linear(x, moments_of(x, backend), folded, activation)
     expected = reference.linear(reference.layernorm(x, norm.weight, norm.bias, norm.eps), weight, bias)
-    reference.assert_accurate(out, F.gelu(expected), F.gelu(F.linear(norm(x), weight, bias)))
+    reference.assert_accurate(out, exact(expected), stock(F.linear(norm(x), weight, bias)))
+
+
+@pytest.mark.parametrize("activation", FORMS)
+def test_activations_far_from_zero(activation, dtype, backend, device):
+    """Where exponentials overflow there is no NaN: the rows are what a weight of one column passes on."""
+    x = torch.tensor([-60000.0, -700.0, -30.0, -1.0, 0.0, 1.0, 30.0, 60000.0]).to(device, dtype)[:, None].repeat(1, 64)
+    weight, bias = torch.zeros(64, 64, device=device, dtype=dtype), torch.zeros(64, device=device, dtype=dtype)
+    weight[:, 3] = 1
+    out = Ops(backend).linear(x, Linear(weight, bias), activation)
+    exact, stock = FORMS[activation]
+    assert out.isfinite().all()
+    reference.assert_accurate(out[:7], exact(x[:7].double()), stock(x[:7]))
+    assert torch.equal(out[7:], x[7:])
 
 
 @pytest.mark.parametrize("merged, D", [(4, 64), (4, 192), (2, 128)])
@@ -121,12 +145,11 @@ def test_merged_rows(merged, D, dtype, backend, device):
     reference.assert_accurate(out, F.gelu(expected), F.gelu(F.linear(norm(x), weight, bias)))
 
 
-@pytest.mark.parametrize("activation", [None, "tanh", "erf"])
+@pytest.mark.parametrize("activation", FORMS)
 @pytest.mark.parametrize("M, K, N", [(3, 128, 136), (70, 72, 100)])
 def test_without_layernorm(M, K, N, activation, dtype, backend, device):
     x, _, weight, bias = make(M, K, N, dtype, device)
     x = (x / 300).to(dtype)  # so that GELU is more than a step
-    approximate = {"tanh": "tanh", "erf": "none"}.get(activation)
-    form = (lambda y: y) if activation is None else lambda y: F.gelu(y, approximate=approximate)
+    exact, stock = FORMS[activation]
     out = Ops(backend).linear(x, Linear(weight, bias), activation)
-    reference.assert_accurate(out, form(reference.linear(x, weight, bias)), form(F.linear(x, weight, bias)))
+    reference.assert_accurate(out, exact(reference.linear(x, weight, bias)), stock(F.linear(x, weight, bias)))

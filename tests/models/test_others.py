@@ -27,11 +27,11 @@ def test_transformers_has_it(path):
 
 
 def test_is_listed():
-    home = transformers.models.qwen2_vl.modeling_qwen2_vl
-    config = transformers.models.qwen2_vl.configuration_qwen2_vl.Qwen2VLVisionConfig
-    tower = home.Qwen2VisionTransformerPretrainedModel(config(depth=1, embed_dim=32, num_heads=2, hidden_size=32))
+    home = transformers.models.qwen2_5_vl.modeling_qwen2_5_vl
+    config = transformers.models.qwen2_5_vl.configuration_qwen2_5_vl.Qwen2_5_VLVisionConfig
+    tower = home.Qwen2_5_VisionTransformerPretrainedModel(config(depth=1, hidden_size=32, num_heads=2))
     model = torch.nn.ModuleDict({"visual": tower})
     (found,) = siglip_fast.towers(model)
-    assert not found.fast and "quick_gelu" in found.reason
+    assert not found.fast and "RMSNorm" in found.reason
     assert type(siglip_fast.apply_to(model)["visual"]) is type(tower)
     assert not set(OTHERS) & set(swap._FAST)
