@@ -52,7 +52,7 @@ class Qwen3VLMoeVisionModel(Qwen3VLTower, SglangTower, qwen3_vl.Qwen3VLMoeVision
         x = x.to(self.device, non_blocking=True)
 
         def merged(derived: Derived) -> Tensor:
-            return self._run(derived, x.to(self.dtype), grids_of(grid_thw))
+            return self._run(derived, x, grids_of(grid_thw))
 
         out = self._fused(merged, len(x), x, grid_thw)
         return super().forward(x, grid_thw) if out is None else out
