@@ -62,8 +62,10 @@ def siglip_anatomy(
     layer: Callable[[nn.Module], SimpleNamespace],
     parameters: tuple[type, ...],
     check_last: Callable[[nn.Module], None] = lambda tower: None,
+    activation: Callable[[nn.Module], str] = lambda tower: "tanh",
 ) -> Anatomy:
-    """Of a tower whose `embeddings` and `encoder` have the names of transformers' SigLIP; `layer` is the view of one."""
+    """Of a tower whose `embeddings` and `encoder` have the names of transformers' SigLIP; `layer` is the view of one, and
+    `activation` tells GELU's form."""
 
     def check(tower: nn.Module) -> None:
         check_first(tower)
@@ -74,7 +76,8 @@ def siglip_anatomy(
 
     def view(tower: nn.Module) -> SimpleNamespace:
         encoder = SimpleNamespace(layers=[*map(layer, tower.encoder.layers)])
-        return SimpleNamespace(embeddings=tower.embeddings, encoder=encoder, post_layernorm=None)
+        embeddings, form = tower.embeddings, activation(tower)
+        return SimpleNamespace(embeddings=embeddings, encoder=encoder, post_layernorm=None, activation=form)
 
     return Anatomy(check, view, lambda tower: tower.embeddings.patch_embedding, ("config",), parameters)
 

@@ -1,29 +1,40 @@
 """SGLang's SigLIP vision tower, its encoder on the fused operations.
 
-Of SGLang's models only pi0.5 builds it with SigLIP's activation; Gemma 3 has QuickGELU in it, and is left alone.
+SGLang builds pi0.5's with SigLIP's activation and Gemma 3's with QuickGELU, whatever the checkpoint says.
 """
 
 from collections.abc import Iterator
 from types import SimpleNamespace
 
+from sglang.srt.layers.activation import QuickGELU
 from sglang.srt.layers.conv import Conv2dLayer
 from sglang.srt.models import siglip
 from torch import Tensor, nn
 
-from .anatomy import check_position_ids, layer_view
+from .anatomy import Unsupported, check_position_ids, layer_view
 from .server_tower import siglip_anatomy, size_reasons
 from .sglang_tower import SglangTower, check_tanh, checks
 from .weights import Derived
 
 _KNOWN = (
     *(siglip.SiglipVisionEmbeddings, Conv2dLayer, siglip.SiglipEncoder, nn.ModuleList),
-    *(siglip.SiglipEncoderLayer, nn.LayerNorm, siglip.SiglipMLP),
+    *(siglip.SiglipEncoderLayer, nn.LayerNorm, siglip.SiglipMLP, QuickGELU),
 )
 
 
 def _layer(layer: nn.Module) -> SimpleNamespace:
     own, norms = layer.self_attn, (layer.layer_norm1, layer.layer_norm2)
     return layer_view(norms, own.qkv_proj, own.proj, own.num_attention_heads_per_partition, layer.mlp)
+
+
+def _check(tower: nn.Module) -> None:
+    check_position_ids(tower.embeddings.position_ids)
+    if len({type(layer.mlp.act) for layer in tower.encoder.layers}) > 1:
+        raise Unsupported("its layers have different activations")
+
+
+def _activation(tower: nn.Module) -> str:
+    return "quick" if type(tower.encoder.layers[0].mlp.act) is QuickGELU else "tanh"
 
 
 def _positions(embeddings: nn.Module) -> Tensor:
@@ -33,11 +44,7 @@ def _positions(embeddings: nn.Module) -> Tensor:
 
 class SiglipVisionTransformer(SglangTower, siglip.SiglipVisionTransformer):
     anatomy = siglip_anatomy(
-        lambda tower: None,
-        {**checks(_KNOWN), nn.GELU: check_tanh},
-        _layer,
-        (nn.Parameter,),
-        lambda tower: check_position_ids(tower.embeddings.position_ids),
+        lambda tower: None, {**checks(_KNOWN), nn.GELU: check_tanh}, _layer, (nn.Parameter,), _check, _activation
     )
 
     def forward(self, pixel_values: Tensor) -> Tensor:

@@ -401,12 +401,26 @@ print("DONE")
 
 
 def test_siglip(tmp_path, monkeypatch):
-    """The towers that SGLang builds for pi0.5 run fused; those for Gemma 3 have another activation than SigLIP."""
+    """As SGLang builds them for pi0.5, and for Gemma 3, whose activation is QuickGELU there."""
     code = """
 start()
 config = SiglipVisionConfig(hidden_size=144, num_attention_heads=2, intermediate_size=160, image_size=48, patch_size=16,
                             num_hidden_layers=3)
-left_alone(filled(lambda: siglip.SiglipVisionModel(config)), "encoder.layers.0.mlp.act is a QuickGELU")
+gemma3 = made(lambda: siglip.SiglipVisionModel(config))
+assert type(gemma3.vision_model.encoder.layers[0].mlp.act).__name__ == "QuickGELU"
+images = torch.randn(3, 3, 48, 48)
+for image in images:  # more at once SGLang's attention for CPUs refuses
+    check(gemma3, 1e-5, (image[None],))
+with torch.no_grad():
+    alone = torch.cat([gemma3(image[None]) for image in images])
+    torch.testing.assert_close(gemma3(images), alone, atol=1e-4, rtol=1e-4)
+check(made(lambda: siglip.SiglipVisionModel(config), torch.bfloat16), 2e-2, (images[:1],))
+
+def two_kinds():
+    model = siglip.SiglipVisionModel(config)
+    model.vision_model.encoder.layers[1].mlp.act = torch.nn.GELU("tanh")
+    return model
+left_alone(filled(two_kinds), "its layers have different activations")
 
 def build(dtype=torch.float32):
     act = functools.partial(get_act_fn, config.hidden_act)
