@@ -230,7 +230,12 @@ def resized_bilinearly(
     learned: Tensor, side: int, align_corners: bool, grids: Sequence[Grid], place: np.ndarray, upload: Upload
 ) -> Callable[[], Position]:
     """As `Gridded._position`, of a square table `[side², D]` that is resized to each grid."""
-    index, weight = map(upload.add, bilinear(place, grids, side, align_corners))
+    return weighted(learned, bilinear(place, grids, side, align_corners), upload)
+
+
+def weighted(learned: Tensor, taps: tuple[np.ndarray, np.ndarray], upload: Upload) -> Callable[[], Position]:
+    """As `Gridded._position`, of the taps' indices into `learned [P, D]` and their weights."""
+    index, weight = map(upload.add, taps)
     table = learned.detach().resolve_neg().contiguous()
     return lambda: Position(table, index(), weight())
 

@@ -18,10 +18,10 @@ from transformers.utils import TransformersKwargs
 
 from ..forward import PackedOutputs
 from ..ops import Position
-from ..running.grids import Grid
+from ..running.grids import Grid, interpolated
 from ..running.packing import Upload
 from .anatomy import of_layers, packed_embeddings
-from .gridded import Gridded, resized_as_stock, resized_bilinearly, rows_of
+from .gridded import Gridded, resized_as_stock, rows_of, weighted
 from .on_demand import fast_class, on_demand
 from .resized import ResizedPositions
 from .weights import Derived
@@ -57,7 +57,7 @@ class HunYuanVLTower(Gridded):
         self, derived: Derived, grids: list[Grid], place: np.ndarray, upload: Upload
     ) -> Callable[[], Position]:
         learned = self.embeddings.position_embedding.weight[1:]  # the first is of a token that there is none of
-        return resized_bilinearly(learned, self.embeddings.position_edge, False, grids, place, upload)
+        return weighted(learned, interpolated(place, grids, self.embeddings.position_edge), upload)
 
     def _finished(self, outputs: PackedOutputs, grids: list[Grid]) -> PackedOutputs:
         images = outputs.last_hidden_state[None].split(rows_of(grids), dim=1)

@@ -373,6 +373,12 @@ _GRIDDED = {
         "position_embedding.weight[:-1]",
         "hunyuan_vl.py -k 'odd_grids and fp32 and hunyuan'",
     ),
+    "hunyuan-scales-unrounded": (
+        "running/grids.py",
+        "axis=0).astype(np.float32)  # [M, 2]\n    return _taps",
+        "axis=0)  # [M, 2]\n    return _taps",
+        "hunyuan_vl.py -k as_torch_does",
+    ),
     "hunyuan-images-on-their-side": (
         "models/hunyuan_vl.py",
         "size=(h, w))",

@@ -128,7 +128,8 @@ class TestApplyTo:
         actual = gradients(model, inputs)
         assert not attentions
         assert actual.keys() == expected.keys()
-        assert any("patch_embed" in n for n in actual)
+        # GLM-Image makes tokens of its images, through which there is no gradient; 5.24 gives back what they are made of
+        assert any("patch_embed" in n for n in actual) or name == "glm_image"
         for parameter, gradient in expected.items():
             torch.testing.assert_close(actual[parameter], gradient, atol=0, rtol=0)
 
