@@ -28,10 +28,11 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def serving(command: Sequence[str], port: int, health: str, log: Path, variables: Mapping[str, str]) -> Iterator[None]:
-    """Runs a server until the block is left; fails with the end of its log where it does not come up."""
+    """Runs a server until the block is left; fails with the end of its log where it does not come up. Whatever it writes where
+    it was started (LitServe a client) is beside its log."""
     with log.open("wb") as output:
-        environment = {**os.environ, **variables}
-        process = subprocess.Popen(command, stdout=output, stderr=output, env=environment, start_new_session=True)
+        options = {"env": {**os.environ, **variables}, "cwd": log.parent, "start_new_session": True}
+        process = subprocess.Popen(command, stdout=output, stderr=output, **options)
     try:
         deadline = time.monotonic() + STARTS_WITHIN
         while not _answers(f"http://127.0.0.1:{port}{health}"):
