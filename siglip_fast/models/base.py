@@ -156,7 +156,7 @@ class Fused(nn.Module):
             self.forget_derived()  # the weights are about to change, perhaps in ways that torch does not count
         if self.strict:
             raise RuntimeError(f"the fused forward does not apply: {reason}")
-        _log_once(type(self).__name__, reason, self.batch_invariant)
+        log_once(type(self).__name__, reason, self.batch_invariant)
 
     def _call_reasons(self, pixel_values: Tensor, *args, **kwargs) -> Iterator[str]:
         """The reasons that lie in the call and its circumstances, not in the tower."""
@@ -233,7 +233,8 @@ def stock_class(fast: type[Fused]) -> type[nn.Module]:
 
 
 @torch.compiler.assume_constant_result
-def _log_once(name: str, reason: str, batch_invariant: bool) -> None:
+def log_once(name: str, reason: str, batch_invariant: bool) -> None:
+    """That stock's forward of the class of this name runs, for this reason."""
     if (name, reason, batch_invariant) not in _logged:
         _logged.add((name, reason, batch_invariant))
         but = ", which is not batch invariant" if batch_invariant else ""

@@ -81,12 +81,13 @@ class Source:
         states = self._states_below if self.tower is owner else self._states
         if any(chain.from_iterable(map(_hooks, states))) or any(map(dict.__contains__, states, repeat("forward"))):
             for module in self._modules:
-                if module is not owner and (reason := _interception(module)):
+                if module is not owner and (reason := interception(module)):
                     return reason
         return None
 
 
-def _interception(module: nn.Module) -> str | None:
+def interception(module: nn.Module) -> str | None:
+    """The reason if the module's own forward is hooked or replaced."""
     hooks = chain.from_iterable(hooks.values() for hooks in _hooks(vars(module)))
     if any(map(_is_active, hooks)):
         return f"a {type(module).__name__} has forward hooks"

@@ -18,6 +18,7 @@ from transformers import AutoModel
 
 from .base import Fused, checked_backend, checked_batch_invariant, stock_class
 from .others import OTHERS
+from .projectors import AllImagesAtOnce
 
 logger = logging.getLogger("siglip_fast")
 
@@ -58,6 +59,8 @@ _FAST = {
     "sglang.srt.models.siglip2.Siglip2VisionTransformer": "sglang_siglip2",
     "sglang.srt.models.qwen3_vl.Qwen3VLMoeVisionModel": "sglang_qwen3_vl",
 }
+# What is changed beside a tower: stock's projectors that run image by image
+_BESIDE = {"transformers.models.paddleocr_vl.modeling_paddleocr_vl.PaddleOCRProjector": "projectors"}
 
 
 class Tower(NamedTuple):
@@ -95,7 +98,8 @@ def apply_to(
 
     The parameters stay the very same objects, names in the state dict do not change. What a tower's fused forward does
     not compute it delegates to stock's, as `siglip_fast.SiglipVisionModel` does; its `why_not` tells. Towers that
-    cannot be made fast are left alone and named in a log line; `towers` lists them.
+    cannot be made fast are left alone and named in a log line; `towers` lists them. PaddleOCR-VL's projector, which stock
+    runs image by image, takes all images at once from then on (not with `batch_invariant`).
 
     Args:
         model: a vision tower, or any module around some: of transformers (SiglipModel, PaliGemma, Gemma 3, LLaVA, …),
@@ -118,6 +122,9 @@ def apply_to(
         elif not tower.fast:
             _set_class(tower.module, _fast_class(type(tower.module)))
             tower.module.become_fast(backend, strict, batch_invariant)
+    for module in () if checked_batch_invariant(batch_invariant) else model.modules():
+        if home := _BESIDE.get(_path(type(module))):
+            _set_class(module, _class_in(home, type(module)))
     return model
 
 
@@ -128,6 +135,9 @@ def restore(model: nn.Module) -> nn.Module:
         if tower.fast and not tower.reason:
             tower.module.forget_fast()
             _set_class(tower.module, stock_class(type(tower.module)))
+    for module in model.modules():
+        if isinstance(module, AllImagesAtOnce):
+            _set_class(module, type(module).__bases__[-1])
     return model
 
 
@@ -249,7 +259,12 @@ def _as_tower(module: nn.Module, name: str) -> Tower | None:
 
 def _fast_class(stock: type) -> type[Fused] | None:
     home = _FAST.get(_path(stock))
-    return home and getattr(importlib.import_module(f".{home}", __package__), stock.__name__)
+    return home and _class_in(home, stock)
+
+
+def _class_in(home: str, stock: type) -> type:
+    """Ours of that name, of a module here."""
+    return getattr(importlib.import_module(f".{home}", __package__), stock.__name__)
 
 
 def _path(cls: type) -> str:

@@ -52,6 +52,13 @@ def _places_in_frame(height: int, width: int, merge: int) -> np.ndarray:
     return np.stack(np.broadcast_arrays(row, column), -1).reshape(-1, 2)
 
 
+def in_squares(grids: Sequence[Grid], side: int) -> np.ndarray:
+    """`[M]`: of rows in raster order the order in which the patches of squares of `side` by `side` are neighbours."""
+    lengths, widths = frames(grids), np.repeat([w for _, _, w, *_ in grids], [t for t, *_ in grids])
+    row, column = places(grids, side).T
+    return np.repeat(np.cumsum(lengths) - lengths, lengths) + row * np.repeat(widths, lengths) + column
+
+
 def squares(grids: Sequence[Grid], side: int) -> list[np.ndarray]:
     """Of rows in raster order those that lie in the same place in each frame, place by place, in the order in which the
     patches of squares of `side` by `side` are neighbours: a `[places, frames]` for images in a row that have as many."""
