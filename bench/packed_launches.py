@@ -15,14 +15,14 @@ import argparse
 import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from unittest import mock
 
 import peers
 import torch
 import transformers
-from torch import Tensor
-from torch.utils._pytree import tree_leaves
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
 from traffic import counting
 from transformers import PretrainedConfig, Siglip2VisionConfig
 from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLVisionConfig
@@ -122,10 +122,14 @@ def waits() -> Iterator[list[str]]:
 
 def count(case: Case, ours: bool) -> Count:
     config, architecture, inputs, _ = case
-    model = peers.stock(config, "sdpa", torch.bfloat16, architecture=architecture)
+    return count_of(peers.stock(config, "sdpa", torch.bfloat16, architecture=architecture), inputs, ours)
+
+
+def count_of(model: nn.Module, inputs: dict[str, Any], ours: bool) -> Count:
+    """Of a forward of a stock tower in bf16, or of it made fast."""
     if ours:
         siglip_fast.apply_to(model, backend="triton", strict=True)
-    inputs = {name: value.bfloat16() if value.is_floating_point() else value for name, value in inputs.items()}
+    inputs = tree_map_only(Tensor, lambda t: t.bfloat16() if t.is_floating_point() else t, inputs)
     # Under the mode that counts ours would rather run stock's code.
     unseen = mock.patch.object(siglip_fast.models.reasons, "mode_reason", lambda: None)
     with unseen:
@@ -138,7 +142,7 @@ def count(case: Case, ours: bool) -> Count:
     return Count(len(counter.launches), len(asked) + sized, sum(launch.activations for launch in counter.launches))
 
 
-def _derived(model: torch.nn.Module) -> list[Tensor]:
+def _derived(model: nn.Module) -> list[Tensor]:
     """What a fast tower has made of its parameters, and keeps."""
     found = []
     for derived in getattr(model, "_derived", {}).values():

@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import launch_counts
 import packed_launches
 import pytest
 import transformers
@@ -39,3 +40,18 @@ def test_as_committed():
     case = packed_launches.CASES[name](packed_launches.NARROW)
     assert packed_launches.count(case, ours=False)[:2] == (stock, waits)
     assert packed_launches.count(case, ours=True)[:2] == (ours, own_waits)
+
+
+@pytest.mark.parametrize("name", ["Kimi_K25VisionModel", "Phi4MultimodalVisionModel", "granite_docling"])
+def test_of_every_tower_as_committed(name):
+    text = (DOCS.parent / "launches.md").read_text()
+    if f"transformers {transformers.__version__}." not in text:
+        pytest.skip("stock's numbers are of another version of transformers")
+    row = re.search(rf"`{name}` \| (\d+) \| (\d+) \| (\d+) \| (\d+)", text).groups()
+    stock, ours = launch_counts.counts(dict(launch_counts.towers())[name])
+    assert [stock.kernels, ours.kernels, stock.waits, ours.waits] == [*map(int, row)]
+
+
+def test_every_family_is_in_the_table():
+    named = (DOCS.parent / "launches.md").read_text()
+    assert [name for name, _ in launch_counts.towers() if f"`{name}`" not in named] in ([], ["HYV4VLVisionModel"])

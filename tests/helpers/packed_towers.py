@@ -2,11 +2,13 @@
 
 import importlib
 
+import pytest
 import torch
+import transformers
 from stock_towers import without_neutral_values
 from torch import Tensor, nn
 
-from siglip_fast.models import qwen3_vl
+from siglip_fast.models import minicpm, qwen3_vl
 
 NAFLEX_K = 3 * 8 * 8  # of zoo.SIGLIP2_VISION
 QWEN3_VL = {"depth": 3, "hidden_size": 64, "intermediate_size": 100, "num_heads": 2, "out_hidden_size": 48}
@@ -73,3 +75,28 @@ def padded_inputs(shapes: list[tuple[int, int]], grid: tuple[int, int], fill: fl
     if fill is not None:
         pixels = torch.where(mask.repeat_interleave(8, 1).repeat_interleave(8, 2)[:, None], pixels, fill)
     return {"pixel_values": pixels, "patch_attention_mask": mask}
+
+
+MINICPM = {"hidden_size": 64, "intermediate_size": 100, "num_hidden_layers": 4, "num_attention_heads": 2}
+MINICPM |= {"image_size": 32, "patch_size": 8, "insert_layer_id": 1}
+
+
+def minicpm_tower(name: str = "MiniCPMV4_6VisionModel", **values) -> nn.Module:
+    """Stock's, with nothing at its neutral value."""
+    try:
+        home = importlib.import_module(f"transformers.models.{minicpm.MODULES[name]}.modeling_{minicpm.MODULES[name]}")
+    except ImportError:
+        pytest.skip(f"transformers {transformers.__version__} has no {name}")
+    torch.manual_seed(0)
+    config = getattr(home, name).config_class(**MINICPM | values)
+    config._attn_implementation = "sdpa"
+    return without_neutral_values(getattr(home, name)(config))
+
+
+def minicpm_strip(sizes: list[tuple[int, int]]) -> dict[str, Tensor]:
+    """Images each of a different scale."""
+    generator = torch.Generator().manual_seed(1)
+    images = [
+        torch.randn(1, 3, 8, 8 * h * w, generator=generator) * 10.0 ** (i % 3 - 1) for i, (h, w) in enumerate(sizes)
+    ]
+    return {"pixel_values": torch.cat(images, -1), "target_sizes": torch.tensor(sizes, dtype=torch.int32)}

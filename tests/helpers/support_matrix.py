@@ -33,6 +33,8 @@ in an environment with the transformers version of the column, checked by `tests
 Where a tower runs fused it is batch invariant if asked (`batch_invariant=True`, docs/batch-invariance.md), but for what the
 model computes around it; where it is delegated or untouched it is as stock's.
 
+How many kernels each tower launches, and how often the host waits for it: [launches.md](launches.md).
+
 Reasons are below the table.
 """
 

@@ -1,49 +1,25 @@
 """MiniCPM's towers, of images side by side in one strip, against transformers' own: with the merger inside and without."""
 
 import copy
-import importlib
 
 import pytest
 import reference
 import torch
-import transformers
 import zoo
-from stock_towers import count_reads, without_neutral_values
-from torch import Tensor, nn
+from packed_towers import minicpm_strip, minicpm_tower
+from stock_towers import count_reads
+from torch import nn
 
 from siglip_fast import apply_to
 from siglip_fast.models.minicpm import MODULES, Positions
 
-TINY = {"hidden_size": 64, "intermediate_size": 100, "num_hidden_layers": 4, "num_attention_heads": 2}
-TINY |= {"image_size": 32, "patch_size": 8, "insert_layer_id": 1}
 SIZES = {"mixed": [(4, 6), (2, 2), (6, 2), (2, 10)], "one": [(4, 2)], "equal": [(2, 4)] * 3}
 MERGES = pytest.mark.parametrize("merges", [True, False], ids=["16x", "4x"])
 
 
-def tower(name: str = "MiniCPMV4_6VisionModel", **values) -> nn.Module:
-    """Stock's, with nothing at its neutral value."""
-    try:
-        home = importlib.import_module(f"transformers.models.{MODULES[name]}.modeling_{MODULES[name]}")
-    except ImportError:
-        pytest.skip(f"transformers {transformers.__version__} has no {name}")
-    torch.manual_seed(0)
-    config = getattr(home, name).config_class(**TINY | values)
-    config._attn_implementation = "sdpa"
-    return without_neutral_values(getattr(home, name)(config))
-
-
-def strip(sizes: list[tuple[int, int]]) -> dict[str, Tensor]:
-    """Images each of a different scale."""
-    generator = torch.Generator().manual_seed(1)
-    images = [
-        torch.randn(1, 3, 8, 8 * h * w, generator=generator) * 10.0 ** (i % 3 - 1) for i, (h, w) in enumerate(sizes)
-    ]
-    return {"pixel_values": torch.cat(images, -1), "target_sizes": torch.tensor(sizes, dtype=torch.int32)}
-
-
 @pytest.fixture
 def stock():
-    return tower()
+    return minicpm_tower()
 
 
 @pytest.fixture
@@ -53,7 +29,7 @@ def ours(stock):
 
 @pytest.fixture
 def inputs():
-    return strip(SIZES["mixed"])
+    return minicpm_strip(SIZES["mixed"])
 
 
 def assert_equal(actual, expected, tolerance=1e-4):
@@ -65,7 +41,7 @@ def assert_equal(actual, expected, tolerance=1e-4):
 @pytest.mark.parametrize("name", SIZES)
 @torch.no_grad()
 def test_as_stock(name, merges, stock, backend, device):
-    inputs = strip(SIZES[name]) | {"use_vit_merger": merges}
+    inputs = minicpm_strip(SIZES[name]) | {"use_vit_merger": merges}
     ours = apply_to(copy.deepcopy(stock), backend=backend, strict=True).to(device)
     on_device = inputs | {"pixel_values": inputs["pixel_values"].to(device)}
     assert ours.why_not(**on_device) is None
@@ -76,7 +52,7 @@ def test_as_stock(name, merges, stock, backend, device):
 @pytest.mark.parametrize("name", MODULES)
 @torch.no_grad()
 def test_each_class(name, inputs):
-    stock = tower(name)
+    stock = minicpm_tower(name)
     assert_equal(apply_to(copy.deepcopy(stock), strict=True)(**inputs), stock(**inputs))
 
 
@@ -94,7 +70,7 @@ def test_accuracy(merges, stock, inputs, dtype, backend, device):
 @torch.no_grad()
 def test_positions():
     """By i / h, on sides at which it differs from Idefics' i · (1 / h)."""
-    stock = tower(image_size=8 * 70)
+    stock = minicpm_tower(image_size=8 * 70)
     embeddings = stock.embeddings
     sides = [1, 7, 25, 49, 50, 55, 70, 82, 94, 98, 100]
     sizes = torch.tensor([(side, 3) for side in sides], dtype=torch.int32)
@@ -199,13 +175,13 @@ class TestDelegated:
 
     @torch.no_grad()
     def test_odd_sides_without_the_merger(self, stock, ours):
-        inputs = strip([(3, 5), (1, 1)]) | {"use_vit_merger": False}
+        inputs = minicpm_strip([(3, 5), (1, 1)]) | {"use_vit_merger": False}
         assert_equal(ours(**inputs), stock(**inputs))
 
     @torch.no_grad()
     def test_configs(self):
-        stock = tower(hidden_size=32)
-        assert "hidden_size is no multiple of 64" in apply_to(stock).why_not(**strip([(2, 2)]))
+        stock = minicpm_tower(hidden_size=32)
+        assert "hidden_size is no multiple of 64" in apply_to(stock).why_not(**minicpm_strip([(2, 2)]))
 
     @torch.no_grad()
     def test_an_edited_merger(self, ours, inputs):
