@@ -271,6 +271,36 @@ _GRIDDED = {
         "gridded.py -k 'forms_of_the_output and kimi'",
     ),
     "dtypes-mixed": ("models/gridded.py", "if not self.casts and", "if False and", "kimi_k25.py -k not_cast"),
+    "paddle-projects-rasters": (
+        "running/grids.py",
+        "+ row * np.repeat(widths, lengths) + column",
+        "+ np.arange(len(row)) - np.repeat(np.cumsum(lengths) - lengths, lengths)",
+        "projectors.py -k 'accuracy and float32'",
+    ),
+    "paddle-projects-frames-as-one": (
+        "running/grids.py",
+        "return np.repeat(np.cumsum(lengths) - lengths, lengths) + row",
+        "return row",
+        "projectors.py -k 'accuracy and float32'",
+    ),
+    "paddle-projects-under-hooks": (
+        "models/projectors.py",
+        "next(filter(None, map(interception, self.children())), None)",
+        "None",
+        "projectors.py -k hook",
+    ),
+    "naflex-autocast-left-on": (
+        "models/weights.py",
+        "self._forward_packed = forward_packed if dtype is None else forward_packed_in_autocast",
+        "self._forward_packed = forward_packed",
+        "autocast.py -k own_dtypes",
+    ),
+    "naflex-positions-in-autocast": (
+        "models/siglip2.py",
+        "position=Position(table, index()),",
+        "position=Position(table.to(derived.weights.patch.weight.dtype), index()),",
+        "autocast.py -k NaFlex",
+    ),
     "paddle-corners": (
         "models/paddleocr_vl.py",
         "math.isqrt(len(learned)), align_corners,",

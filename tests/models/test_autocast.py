@@ -12,6 +12,7 @@ from stock_towers import without_neutral_values
 from transformers import Siglip2VisionConfig, Siglip2VisionModel, SiglipVisionConfig
 
 from siglip_fast import apply_to
+from siglip_fast.ops import Ops
 
 REAL_WIDTH = SiglipVisionConfig(num_hidden_layers=3, image_size=64)  # of B/16
 BF16 = torch.bfloat16
@@ -189,6 +190,15 @@ class TestNaFlex:
         for a, b in zip(*(torch.utils._pytree.tree_leaves(dict(o)) for o in (actual, expected)), strict=True):
             assert a.dtype == b.dtype
             assert reference.relative_error(a, b) < 0.05
+
+    @torch.no_grad()
+    def test_operations_choose_their_own_dtypes(self, naflex, images, monkeypatch):
+        modes, own = [], Ops.layernorm
+        note = lambda self, *args: modes.append(torch.is_autocast_enabled("cpu")) or own(self, *args)  # noqa: E731
+        monkeypatch.setattr(Ops, "layernorm", note)
+        with torch.autocast("cpu", BF16):
+            apply_to(copy.deepcopy(naflex), strict=True)(**images)
+        assert modes == [False]
 
     @torch.no_grad()
     def test_weights_of_both_dtypes(self, naflex, images):
