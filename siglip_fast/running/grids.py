@@ -4,7 +4,7 @@ Numbers on the host, as everything that `siglip_fast.running.packing` uploads. `
 image or video, in patches, and maybe more behind these; rows of all are behind one another, frame after frame.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from torch import Tensor
@@ -54,25 +54,28 @@ def _places_in_frame(height: int, width: int, merge: int) -> np.ndarray:
 
 def in_squares(grids: Sequence[Grid], side: int) -> np.ndarray:
     """`[M]`: of rows in raster order the order in which the patches of squares of `side` by `side` are neighbours."""
-    lengths, widths = frames(grids), np.repeat([w for _, _, w, *_ in grids], [t for t, *_ in grids])
-    row, column = places(grids, side).T
-    return np.repeat(np.cumsum(lengths) - lengths, lengths) + row * np.repeat(widths, lengths) + column
+    return np.concatenate([source.T.reshape(-1) for source in _sources(grids, side)])
 
 
 def squares(grids: Sequence[Grid], side: int) -> list[np.ndarray]:
     """Of rows in raster order those that lie in the same place in each frame, place by place, in the order in which the
     patches of squares of `side` by `side` are neighbours: a `[places, frames]` for images in a row that have as many."""
     found: list[list[np.ndarray]] = []
-    first = 0
-    for t, h, w, *_ in grids:
-        row, column = _places_in_frame(h, w, side).T
-        source = first + (row * w + column)[:, None] + h * w * np.arange(t)
-        if found and found[-1][0].shape[1] == t:
+    for source in _sources(grids, side):
+        if found and found[-1][0].shape[1] == source.shape[1]:
             found[-1].append(source)
         else:
             found.append([source])
-        first += t * h * w
     return [np.concatenate(sources) for sources in found]
+
+
+def _sources(grids: Sequence[Grid], side: int) -> Iterator[np.ndarray]:
+    """Of each image `[places, frames]`: the rows of each place, in that order, in raster order."""
+    first = 0
+    for t, h, w, *_ in grids:
+        row, column = _places_in_frame(h, w, side).T
+        yield first + (row * w + column)[:, None] + h * w * np.arange(t)
+        first += t * h * w
 
 
 def bilinear(

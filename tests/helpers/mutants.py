@@ -273,14 +273,14 @@ _GRIDDED = {
     "dtypes-mixed": ("models/gridded.py", "if not self.casts and", "if False and", "kimi_k25.py -k not_cast"),
     "paddle-projects-rasters": (
         "running/grids.py",
-        "+ row * np.repeat(widths, lengths) + column",
-        "+ np.arange(len(row)) - np.repeat(np.cumsum(lengths) - lengths, lengths)",
+        "source.T.reshape(-1) for",
+        "np.sort(source, 0).T.reshape(-1) for",
         "projectors.py -k 'accuracy and float32'",
     ),
     "paddle-projects-frames-as-one": (
         "running/grids.py",
-        "return np.repeat(np.cumsum(lengths) - lengths, lengths) + row",
-        "return row",
+        "source.T.reshape(-1) for",
+        "source.reshape(-1) for",
         "projectors.py -k 'accuracy and float32'",
     ),
     "paddle-projects-under-hooks": (
