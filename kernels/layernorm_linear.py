@@ -155,13 +155,16 @@ def _layernorm_linear_kernel(
                 acc = tl.where(block == BLOCKS - 1, 0.0, acc)
     else:
         row, column = tile_origin(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
-        # [BLOCK_M]
-        mean, rstd = _mean_and_rstd(moments_ptr, row, M, K, eps, MERGED, BLOCK_M)
+        # [BLOCK_M] each. Before the loop only where it needs them: it would hold them in registers.
+        if CENTRED:
+            mean, rstd = _mean_and_rstd(moments_ptr, row, M, K, eps, MERGED, BLOCK_M)
         # [BLOCK_M, BLOCK_N]
         acc = main_loop(
             x_ptr, w_ptr, row, column, M, N, K, K, INPUT_PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
             mean if CENTRED else None, TMA=TMA,
         )  # fmt: skip
+        if not CENTRED:
+            mean, rstd = _mean_and_rstd(moments_ptr, row, M, K, eps, MERGED, BLOCK_M)
         _finish(
             acc, mean, rstd, colsum_ptr, bias_ptr, table_ptr, place_ptr, out_ptr, row, column, M, N, ACTIVATION,
             HEAD_DIM, BLOCK_M, BLOCK_N, PART_N,

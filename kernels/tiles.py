@@ -108,8 +108,11 @@ def gemm_defaults(dtype: torch.dtype, arch: str, K: int, tma: bool = False, spli
         return [_any_work(dtype, arch)]
     if dtype == torch.float32:  # smaller tiles spill in layernorm_linear
         return [gemm_tile(128, 128, 16, 8, 3)]
-    # Tiles of fewer columns spill on sm_120.
-    tiles = [gemm_tile(*tile) for tile in DEFAULT_TILES if arch != "sm_120" or tile[1] == 128]
+    tiles = [gemm_tile(*tile) for tile in DEFAULT_TILES]
+    if arch == "sm_120":  # tiles of fewer columns spill
+        tiles = [tile for tile in tiles if tile["BLOCK_N"] == 128]
+    if arch == "sm_100":  # 64 by 64 with four warps spills in linear_residual
+        tiles = [tile | {"num_warps": 8} if tile["BLOCK_M"] == tile["BLOCK_N"] == 64 else tile for tile in tiles]
     persistent = []
     if tma and can_describe(dtype, arch, K) and not arch.startswith("sm_12"):
         # The higher one spills 8 or 16 bytes in layernorm_linear under Triton 3.7 and 3.9, the wider one in linear_residual.
