@@ -6,7 +6,8 @@ Triton believes that it has an sm_90; kernels are compiled for it, never loaded,
 nothing. So what is left is Python: Triton's launch path for the bare launches, whatever precedes a launch for ours. On a
 GPU each launch takes the driver's time too, on both sides. Forwards and launches take turns; figures are medians in µs.
 Copies into and out of a graph's memory go to tensors without memory: a CPU would really copy.
-The last table is a CPU's: the cpu backend's forward with its operations replaced by ones that compute nothing.
+The second table is of images of any size: without launch plans; of sizes that are new, where layers are planned; and of sizes
+that came before. The last table is a CPU's: the cpu backend's forward with its operations replaced by ones that compute nothing.
 """
 
 import argparse
@@ -23,17 +24,22 @@ from unittest import mock
 
 os.environ.pop("TRITON_INTERPRET", None)  # interpreted kernels are not launched
 
+import packed_launches
 import torch
+import transformers
 import triton
 from pretended import Driver
+from torch import nn
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
+import siglip_fast
 from siglip_fast import SiglipVisionModel
 from siglip_fast.backends import cpu, select
 from siglip_fast.files import atomic
 from siglip_fast.models.variants import config_for
 from siglip_fast.running import graphs, plans
+from siglip_fast.running.packed_plans import PackedPlans
 
 HEAD = [
     "# What a forward costs the host",
@@ -45,6 +51,7 @@ HEAD = [
     "",
 ]
 MODELS = ("base-patch16-224", "so400m-patch14-384")
+PACKED = [name for name in packed_launches.CASES if "27 layers, eight images" not in name and "full" not in name]
 ROUNDS = 60
 
 
@@ -118,23 +125,39 @@ def medians(runs: dict[str, Callable[[], object]], rounds: int = ROUNDS) -> dict
 
 def make_model(name: str, backend: str) -> SiglipVisionModel:
     config = config_for(name)
+    return zeros(lambda: SiglipVisionModel(config, backend=backend, strict=True))
+
+
+def zeros(make: Callable[[], nn.Module]) -> nn.Module:
+    """A model in bfloat16 whose parameters are zeros."""
     with torch.device("meta"):
-        model = SiglipVisionModel(config, backend=backend, strict=True).to(torch.bfloat16)
+        model = make().to(torch.bfloat16)
     model = model.to_empty(device="cpu").eval()
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.zero_()
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.zero_()
         for name, buffer in model.named_buffers():
-            assert name.endswith("position_ids")
-            buffer.copy_(torch.arange(buffer.shape[1])[None])
+            if name.endswith("position_ids"):
+                buffer.copy_(torch.arange(buffer.shape[1])[None])
     return model
 
 
-def launches_of(model: SiglipVisionModel) -> int:
-    """By the plan of its last forward."""
-    plan = [plan for each in model._current()._plans.values() for plan in each._plans.values()][-1]
+def launches_of(planned: plans.Plans) -> int:
+    """Of the last plan."""
+    plan = [*planned._plans.values()][-1]
     assert plan is not None, "the forward was not planned"
     return plan.launches
+
+
+def bare(count: int) -> Callable[[], None]:
+    """So many launches of a kernel that does nothing."""
+    argument = torch.zeros(16)
+
+    def launch() -> None:
+        for _ in range(count):
+            nothing[(1,)](argument, 5)
+
+    return launch
 
 
 def without_memory(graph: graphs.Graph) -> graphs.Graph:
@@ -163,25 +186,48 @@ def on_gpu(name: str, batch: int) -> str:
     recorded = captured._current().graphs._graphs
     recorded[batch] = without_memory(recorded[batch])
     model(pixels)
-    count, argument = launches_of(model), torch.zeros(16)
-
-    def bare() -> None:
-        for _ in range(count):
-            nothing[(1,)](argument, 5)
-
+    count = launches_of(model._current().kept(plans.Plans))
     times = medians(
         {
-            "bare": bare,
+            "bare": bare(count),
             "eager": lambda: model(pixels),
+            "states": lambda: model(pixels, output_hidden_states=True),
             "uint8": lambda: model.forward_uint8(images),
             "compiled": lambda: compiled(pixels),
             "replay": lambda: captured(pixels),
             "route": lambda: model._route(pixels),
         }
     )
-    ratios = (f"{times[key]:.0f} ({times[key] / times['bare']:.2f})" for key in ("eager", "uint8", "compiled"))
+    ratios = (f"{times[key]:.0f} ({times[key] / times['bare']:.2f})" for key in ("eager", "states", "uint8", "compiled"))
     replay = (f"{times['replay']:.0f}", f"{until_replay(captured, pixels):.0f}", f"{times['route']:.0f}")
     cells = [name, batch, count, f"{times['bare']:.0f}", *ratios, *replay]
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def any_size(name: str) -> str:
+    """A row of the second table."""
+    config, architecture, inputs, _ = packed_launches.CASES[name]()
+    if architecture is transformers.Siglip2VisionModel:
+        # Masks and padding are looked at on the device: with fewer pixels a CPU is as good as done with it.
+        config.patch_size, inputs["pixel_values"] = 2, inputs["pixel_values"][..., :12].contiguous()
+    model = siglip_fast.apply_to(zeros(lambda: architecture(config)), backend="triton", strict=True)
+    inputs = {key: value.bfloat16() if value.is_floating_point() else value for key, value in inputs.items()}
+    for _ in range(3):
+        model(**inputs)
+    planned = model._current().kept(PackedPlans)
+    count = launches_of(planned._plans)
+
+    def unplanned() -> None:
+        with mock.patch.object(plans, "applies", lambda tensor: False):
+            model(**inputs)
+
+    def new() -> None:
+        with mock.patch.object(PackedPlans, "__call__", lambda self, rows, sizes, pack: self.once(rows, pack())):
+            model(**inputs)
+
+    times = medians({"bare": bare(count), "unplanned": unplanned, "new": new, "again": lambda: model(**inputs)})
+    ratios = (f"{times[key]:.0f} ({times[key] / times['bare']:.2f})" for key in ("unplanned", "new", "again"))
+    cells = [name, count, f"{times['bare']:.0f}", *ratios]
     return f"| {' | '.join(map(str, cells))} |"
 
 
@@ -211,12 +257,16 @@ def on_cpu(name: str) -> str:
 
 
 def report() -> Iterator[str]:
-    yield "| model | batch | launches | bare launches | eager | forward_uint8 | torch.compile | graph replay | until it begins | route alone |"
-    yield "|---|---|---|---|---|---|---|---|---|---|"
+    yield "| model | batch | launches | bare launches | eager | with hidden_states | forward_uint8 | torch.compile | graph replay | until it begins | route alone |"
+    yield "|---|---|---|---|---|---|---|---|---|---|---|"
     with pretended(), torch.no_grad():
         for name in MODELS:
             for batch in (1, 8):
                 yield on_gpu(name, batch)
+        yield ""
+        yield "| images of any size | launches | bare launches | without plans | new sizes | sizes that came before |"
+        yield "|---|---|---|---|---|---|"
+        yield from map(any_size, PACKED)
     yield ""
     yield "| cpu backend | forward, bf16 | host | share | route alone |"
     yield "|---|---|---|---|---|"

@@ -5,6 +5,7 @@ launch path, which costs more than many a kernel.
 """
 
 import contextlib
+import functools
 import inspect
 import threading
 from collections.abc import Callable, Iterator
@@ -53,9 +54,14 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
     compiled = kernel[grid](*args, **constants)
     if _local.recorder is not None:
         given = dict(zip(kernel.arg_names, args, strict=False)) | constants
-        parameters = inspect.signature(kernel.fn).parameters.values()
-        arguments = {p.name: given[p.name] if p.name in given else p.default for p in parameters}
+        arguments = {name: given.get(name, default) for name, default in _parameters(kernel.fn).items()}
         _local.recorder.launched(compiled, grid, arguments)
+
+
+@functools.cache
+def _parameters(function: Callable) -> dict[str, Any]:
+    """Their defaults by their names, in their order."""
+    return {parameter.name: parameter.default for parameter in inspect.signature(function).parameters.values()}
 
 
 def call(function: Callable[..., Any], *args: Any) -> Any:

@@ -70,6 +70,8 @@ class Packing(NamedTuple):
 
 
 Outputs = tuple[Tensor, Tensor | None]  # last_hidden_state [B, N, D], pooler_output [B, D]
+Stream = tuple[Tensor, Tensor | None]  # hidden_states and their moments
+Layer = Callable[[Tensor, Tensor | None, LayerWeights], Stream]
 
 
 class PackedOutputs(NamedTuple):
@@ -108,9 +110,10 @@ def forward_packed(
     pixel_rows: Tensor,
     packing: Packing,
     collect: Callable[[Tensor], None] | None = None,
+    planned: Callable[[Layer], Layer] = lambda layer: layer,
 ) -> PackedOutputs:
     """`pixel_rows [R, K]` → outputs. `collect` is called with the residual stream `[M, D]` before the first layer and
-    after each."""
+    after each; `planned` gives what runs in place of a layer, many times."""
     features = []
 
     def after(layers: int, x: Tensor, m: Tensor | None) -> None:
@@ -120,13 +123,10 @@ def forward_packed(
             features.append(_merged(ops, weights.taps[layers], x, m))
 
     embed = lambda: ops.patch_embed_rows(pixel_rows, weights.patch, packing.position, packing.rows)  # noqa: E731
-    x, m = _stream(ops, weights, embed, packing, after)
+    x, m = _stream(ops, weights, embed, packing, after, planned)
     y = x if weights.post_layernorm is None else ops.layernorm(x, m, weights.post_layernorm, packing.out_rows)
     p = _pooled(ops, weights, y, packing.images) if weights.merger is None else _merged(ops, weights.merger, x, m)
     return PackedOutputs(y, p, features)
-
-
-Stream = tuple[Tensor, Tensor | None]  # hidden_states and their moments
 
 
 def _stream(
@@ -135,25 +135,39 @@ def _stream(
     embed: Callable[[], Stream],
     packing: Packing | None,
     after: Callable[[int, Tensor, Tensor | None], None] | None,
+    planned: Callable[[Layer], Layer] = lambda layer: layer,
 ) -> Stream:
     """The residual stream behind the last layer. `after` is called with it after 0, 1, … layers."""
     segments, rotation = (packing.segments, packing.rotation) if packing else (None, None)
     shrink = packing.shrink if packing else None
+    run = planned(functools.partial(_layer, ops, weights, segments, rotation))
     x, m = embed()  # here, so that nobody holds it longer than it is needed
     if after is not None:
         after(0, x, m)
     for i, layer in enumerate(weights.layers, 1):
-        qkv = ops.layernorm_linear(x, m, layer.qkv, rotation=rotation)
-        o = ops.attention(qkv.unflatten(-1, (3, weights.num_heads, -1)), segments)
-        x, m = ops.linear_residual(o.flatten(-2), layer.out_proj, x)
-        h = ops.layernorm_linear(x, m, layer.fc1, weights.activation)
-        x, m = ops.linear_residual(h, layer.fc2, x)
+        x, m = run(x, m, layer)
         if after is not None:
             after(i, x, m)
         if shrink is not None and i == shrink.after:
             x, m = _shrunk(ops, weights, x, m, shrink.windows)
-            segments = shrink.segments
+            run = planned(functools.partial(_layer, ops, weights, shrink.segments, rotation))
     return x, m
+
+
+def _layer(
+    ops: Ops,
+    weights: TowerWeights,
+    segments: Segments | None,
+    rotation: Rotation | None,
+    x: Tensor,
+    m: Tensor | None,
+    layer: LayerWeights,
+) -> Stream:
+    qkv = ops.layernorm_linear(x, m, layer.qkv, rotation=rotation)
+    o = ops.attention(qkv.unflatten(-1, (3, weights.num_heads, -1)), segments)
+    x, m = ops.linear_residual(o.flatten(-2), layer.out_proj, x)
+    h = ops.layernorm_linear(x, m, layer.fc1, weights.activation)
+    return ops.linear_residual(h, layer.fc2, x)
 
 
 def _shrunk(ops: Ops, weights: TowerWeights, x: Tensor, m: Tensor | None, windows: Segments) -> Stream:
@@ -171,7 +185,7 @@ def _pooled(ops: Ops, weights: TowerWeights, y: Tensor, images: Segments | None 
     head = weights.head
     if head is None:
         return None
-    pooled = ops.attention_pool(y.to(head.pool.value.weight.dtype), head.pool, images)
+    pooled = ops.attention_pool(y, head.pool, images)
     x, m = ops.linear_residual(pooled, head.out_proj, None)
     h = ops.layernorm_linear(x, m, head.fc1, weights.activation)
     return ops.linear_residual(h, head.fc2, x)[0]

@@ -274,19 +274,21 @@ class Ops:
 
         `[B, N, D]` → `[B, D]`, heads side by side, before the output projection. Zhai et al. 2022 (MAP head),
         with the constant query multiplied into the key projection. With segments, over the keys of each:
-        `[R, D]` → `[S, D]`.
+        `[R, D]` → `[S, D]`. Tokens in float32 beside weights in 16 bits are rounded first.
         """
         D = pool.value.weight.shape[1]
         check_shape("hidden_states", hidden_states, (None, None, D) if segments is None else (None, D))
         _check_float32("pool.scores", pool.scores, (None, D))
         check_shape("value.bias", pool.value.bias, (D,))
-        _check_like("hidden_states", hidden_states, weight=pool.value.weight, bias=pool.value.bias)
+        _check_like("value.weight", pool.value.weight, bias=pool.value.bias)
+        _check_stream("hidden_states", hidden_states, pool.value.weight)
+        tokens = self._module.cast(hidden_states.contiguous(), pool.value.weight.dtype)
         if segments is None:
-            return self._module.attention_pool(hidden_states.contiguous(), pool)
+            return self._module.attention_pool(tokens, pool)
         _check_int32("segments.table", segments.table, (len(segments.keys), 3))
         if N := self._length(segments):
-            return self._module.attention_pool(hidden_states.contiguous().unflatten(0, (-1, N)), pool)
-        return self._module.attention_pool_segments(hidden_states.contiguous(), pool, segments)
+            return self._module.attention_pool(tokens.unflatten(0, (-1, N)), pool)
+        return self._module.attention_pool_segments(tokens, pool, segments)
 
     def _length(self, segments: Segments) -> int | None:
         """`Segments.length`, where equal ones may take a way of their own: batch invariant, an image's bits must not depend

@@ -20,6 +20,7 @@ from . import onednn_graph
 from . import torch as plain
 from .torch import attention_pool as attention_pool
 from .torch import attention_pool_segments as attention_pool_segments
+from .torch import cast as cast
 from .torch import layernorm as layernorm
 
 _mkldnn = torch.ops.mkldnn

@@ -111,6 +111,10 @@ def layernorm(hidden_states, moments, norm, rows):
     return normed if rows is None else normed.index_select(0, rows)
 
 
+def cast(x, dtype):
+    return x.to(dtype)
+
+
 def attention_pool(hidden_states, pool):
     scores: Tensor = hidden_states.to(pool.scores.dtype) @ pool.scores.T
     p = torch.softmax(scores, dim=1).to(hidden_states.dtype)

@@ -24,7 +24,7 @@ from .ahead import DEFAULTS, Loader
 from .choice import DEFAULT, Choice
 from .invariant import Invariant
 from .select import is_for_graph
-from .torch import ACTIVATIONS, pack
+from .torch import ACTIVATIONS, cast, pack
 
 LOADER = Loader()  # of the whole process, as Triton's kernels are
 
@@ -107,6 +107,9 @@ class Backend:
             return self._run("layernorm", (D, True), (hidden_states,), len(rows), few, args)
         count, few = hidden_states.numel() // D, lambda: (hidden_states.view(-1, D)[:1], moments[:1], norm, None)
         return self._run("layernorm", (D,), (hidden_states,), count, few, args)
+
+    def cast(self, x, dtype):
+        return x if x.dtype == dtype else call(cast, x, dtype)
 
     def attention_pool(self, hidden_states, pool):
         B, N, D = hidden_states.shape

@@ -79,16 +79,13 @@ class GraniteDoclingTower(TilesTower):
         return super().why_not(pixel_values, **kwargs)
 
     def _encode(self, derived: Derived, pixel_values: Tensor, kept: HiddenStates | None) -> tuple[Tensor, list[Tensor]]:
-        layers = self.config.num_hidden_layers
-        taps = HiddenStates([i + 1 for i in self.config.deepstack_visual_indexes if i >= 0], layers + 1)
-
-        def collect(x: Tensor) -> None:
-            taps.collect(x)
-            if kept:
-                kept.collect(x)
-
-        hidden, _ = self._run(derived, pixel_values, collect)
-        return hidden, [x for x in taps.kept if x is not None]
+        tapped = frozenset(i + 1 for i in self.config.deepstack_visual_indexes if i >= 0)
+        asked = kept.indices if kept else frozenset()
+        states = HiddenStates(None if asked is None else tapped | asked)
+        hidden, _ = self._run(derived, pixel_values, states)
+        for state in states.kept if kept else ():
+            kept.collect(state)
+        return hidden, [states.kept[i] for i in sorted(tapped)]
 
 
 def _fast(home: types.ModuleType, stock: type[nn.Module]) -> type[nn.Module]:

@@ -5,6 +5,7 @@ have, which rows attend to each other, what becomes of the last hidden state. Cl
 for (`siglip_fast.models.on_demand`).
 """
 
+import functools
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
@@ -59,7 +60,7 @@ class Gridded(Built, Traced, CapturedPacked):
         """What gives the position of each row once `upload` was sent; `place [M, 2]` is where it lies in its image."""
         raise NotImplementedError
 
-    def _merges(self, grids: Sequence[Grid]) -> int | Sequence[int]:
+    def _merges(self, grids: Sequence[Grid]) -> int | tuple[int, ...]:
         """The side of the squares of patches whose rows are neighbours; of all images, or of each."""
         return 1
 
@@ -161,7 +162,9 @@ class Gridded(Built, Traced, CapturedPacked):
             kept, rows = self._hidden_states(kwargs, len(derived.weights.layers)), pixel_rows[begin:end]
             outputs = None if kept else self._replayed(derived, rows, some)
             if outputs is None:
-                outputs = derived.run_packed(rows, self._pack(derived, some), kept and kept.collect)
+                sizes = *some, self._merges(some)  # which a config may say, that nobody watches
+                pack = functools.partial(self._pack, derived, some)
+                outputs = derived.run_sizes(rows, sizes, pack, kept and kept.collect)
             parts.append(self._finished(outputs, some))
             states.append(tuple(kept.kept) if kept else ())
             begin = end

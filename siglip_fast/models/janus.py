@@ -40,7 +40,7 @@ class JanusTower(TilesTower):
             derived, reason, _ = self._route_sizes(pixel_values, interpolate_pos_encoding, **kwargs)
             if reason is None:
                 kept = self._hidden_states(kwargs, self.config.num_hidden_layers)
-                y, _ = self._run(derived, pixel_values, kept and kept.collect, interpolate_pos_encoding)
+                y, _ = self._run(derived, pixel_values, kept, interpolate_pos_encoding)
                 output = BaseModelOutputWithPooling(y, self.post_layernorm(y[:, 0]), kept and tuple(kept.kept))
                 return in_asked_form(output, self.config, kwargs)
             self._delegate(reason)

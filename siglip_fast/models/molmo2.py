@@ -3,6 +3,7 @@
 Its caller reads hidden states from the middle and the end, so their means are all that is computed behind the layers.
 """
 
+import functools
 import types
 from collections.abc import Iterator
 from typing import Any
@@ -79,8 +80,8 @@ class Molmo2Tower(Built, Packed):
         parts = []
         for crops in together([N] * B, derived.ops.images_at_once(pixel_values.device, tokens=1)):
             rows, kept = pixel_values[crops], self._hidden_states(kwargs, self.config.num_hidden_layers)
-            packing = self._pack(derived, len(rows))
-            outputs = derived.run_packed(rows.flatten(0, 1), packing, kept and kept.collect)
+            pack = functools.partial(self._pack, derived, len(rows))
+            outputs = derived.run_sizes(rows.flatten(0, 1), len(rows), pack, kept and kept.collect)
             states = kept and tuple(x if x is None else x.view(-1, N, x.shape[-1]) for x in kept.kept)
             y = outputs.last_hidden_state.view(-1, N, outputs.last_hidden_state.shape[-1])
             # torch sums in an order that may depend on how many crops there are

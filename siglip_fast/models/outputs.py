@@ -22,16 +22,21 @@ def in_asked_form(output: Any, config: Any, kwargs: dict[str, Any]) -> Any:
 
 
 class HiddenStates:
-    """The residual stream as a forward hands it out: `kept` has L + 1 entries, None where it was not asked for."""
+    """The residual stream as a forward hands it out: `kept` has L + 1 entries, None outside of `indices` (None: all)."""
 
-    def __init__(self, asked: bool | int | Sequence[int], count: int):
-        """`asked` as output_hidden_states; from `count` negative indices are counted."""
+    def __init__(self, indices: frozenset[int] | None = None):
+        self.indices = indices
         self.kept: list[Tensor | None] = []
-        self._indices: set[int] | None = None  # all
-        if _SELECTS_HIDDEN_STATES and not isinstance(asked, bool):
-            indices = [asked] if isinstance(asked, int) else asked
-            self._indices = {i % count for i in indices if -count <= i < count}
 
-    def collect(self, hidden_states: Tensor) -> None:
-        is_kept = self._indices is None or len(self.kept) in self._indices
+    @classmethod
+    def asked_for(cls, asked: bool | int | Sequence[int], count: int) -> "HiddenStates":
+        """`asked` as output_hidden_states; from `count` negative indices are counted."""
+        if not _SELECTS_HIDDEN_STATES or isinstance(asked, bool):
+            return cls()
+        indices = [asked] if isinstance(asked, int) else asked
+        return cls(frozenset(i % count for i in indices if -count <= i < count))
+
+    def collect(self, hidden_states: Tensor | None) -> None:
+        """The next one, which may be None outside of `indices`."""
+        is_kept = self.indices is None or len(self.kept) in self.indices
         self.kept.append(hidden_states if is_kept else None)

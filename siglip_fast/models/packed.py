@@ -61,7 +61,7 @@ class Sized(Fused):
     def _hidden_states(self, kwargs: dict[str, Any], layers: int) -> HiddenStates | None:
         """What collects them, where they were asked for."""
         asked = asked_for("output_hidden_states", self.config, kwargs)
-        return HiddenStates(asked, layers + 1) if asked else None
+        return HiddenStates.asked_for(asked, layers + 1) if asked else None
 
 
 class Packed(Sized):

@@ -131,7 +131,7 @@ class PaddedTower(Built, Sized):
         p = self._patch_weight().shape[-1]
         position = nearest(self.embeddings, pixel_values.shape[2] // p, pixel_values.shape[3] // p)
         kept = self._hidden_states(kwargs, self.config.num_hidden_layers)
-        outputs = derived.run(pixel_values, position, kept and kept.collect)
+        outputs = derived.run(pixel_values, position, kept)
         return outputs, kept and tuple(kept.kept)
 
     def _run_padded(self, derived: Derived, images: Images, kwargs: dict[str, Any]) -> tuple[Outputs, Any]:

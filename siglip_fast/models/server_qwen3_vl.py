@@ -3,6 +3,7 @@
 vLLM and SGLang have the same one, on layers of their own; a few things are called otherwise.
 """
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -109,8 +110,8 @@ class Qwen3VLTower(ServerTower):
         """`rows [M, K]` of all images and videos → `[M / 4, out · (1 + taps)]`."""
         lengths, parts, begin = [t * h * w for t, h, w in grids], [], 0
         for images in together(lengths, derived.ops.images_at_once(rows.device, tokens=1)):
-            end = begin + sum(lengths[images])
-            outputs = derived.run_packed(rows[begin:end], self._pack(derived, grids[images]))
+            end, some = begin + sum(lengths[images]), grids[images]
+            outputs = derived.run_sizes(rows[begin:end], tuple(some), functools.partial(self._pack, derived, some))
             parts.append(torch.cat([outputs.pooler_output, *outputs.features], 1))
             begin = end
         return joined(parts)

@@ -5,6 +5,7 @@ vLLM and SGLang have the same one, on layers of their own. Only what is behind `
 post_layernorm and the selection of features.
 """
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import ClassVar
 
@@ -51,8 +52,9 @@ class Siglip2Tower(ServerTower):
             """What the server's encoder returns: the last of its hidden states `[1, M, D]`, or every one."""
             stream: list[Tensor] = []
             collect = None if select_layers is None else lambda x: stream.append(x[None])
-            packing = self._pack(derived, [*map(tuple, spatial_shapes.tolist())])
-            last = derived.run_packed(pixel_values_packed.flatten(0, -2), packing, collect).last_hidden_state
+            shapes, rows = [*map(tuple, spatial_shapes.tolist())], pixel_values_packed.flatten(0, -2)
+            pack = functools.partial(self._pack, derived, shapes)
+            last = derived.run_sizes(rows, tuple(shapes), pack, collect).last_hidden_state
             return last[None] if collect is None else stream
 
         states = self._fused(encoded, pixel_values_packed.shape[-2], pixel_values_packed, *args)

@@ -86,7 +86,7 @@ class SiglipTower(Traced, Captured, TakesUint8):
     ) -> BaseModelOutputWithPooling | tuple[Tensor, ...]:
         """The output, on the operations; pixel_values are uint8 where they have yet to be normalised."""
         asked = asked_for("output_hidden_states", self.config, kwargs)
-        hidden_states = HiddenStates(asked, self.config.num_hidden_layers + 1) if asked else None
+        hidden_states = HiddenStates.asked_for(asked, self.config.num_hidden_layers + 1) if asked else None
         if derived.is_new:
             self._first_contact(derived, pixel_values)
         if not (asked or normalize) and (outputs := self._replayed(derived, pixel_values, interpolate)):
@@ -94,8 +94,7 @@ class SiglipTower(Traced, Captured, TakesUint8):
         position = position_of(self._tower.embeddings, pixel_values, interpolate)
         if normalize is None and pixel_values.dtype not in DTYPES:
             pixel_values = pixel_values.to(position.dtype)
-        collect = hidden_states and hidden_states.collect
-        outputs = derived.run(pixel_values, position, collect, normalize)
+        outputs = derived.run(pixel_values, position, hidden_states, normalize)
         return self._output(outputs, kwargs, hidden_states and tuple(hidden_states.kept))
 
     def _output(

@@ -5,6 +5,7 @@ are outputs too, and all of an image are equal, since they have the same pixels 
 image, which attends to the image and which nothing attends to, gives them all.
 """
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -148,13 +149,14 @@ class Siglip2Tower(Traced, CapturedPacked):
         B, N, _ = pixel_values.shape
         outputs = None if collect else self._replayed(derived, pixel_values, sizes)
         if outputs is None:
-            packing = self._pack(derived, sizes)
-            rows = packing.out_rows
+            pack = functools.cache(functools.partial(self._pack, derived, sizes))
 
             def padded(x: Tensor) -> None:
+                rows = pack().out_rows
                 collect((x if rows is None else x.index_select(0, rows)).view(B, N, -1))
 
-            outputs = derived.run_packed(pixel_values.flatten(0, 1), packing, collect and padded)
+            told_by = *sizes.shapes, N
+            outputs = derived.run_sizes(pixel_values.flatten(0, 1), told_by, pack, collect and padded)
         return outputs.last_hidden_state.view(B, N, -1), outputs.pooler_output
 
     def _example(self) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:

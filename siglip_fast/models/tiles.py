@@ -1,6 +1,6 @@
 """Towers for images of one size, the config's, beside SigLIP's own."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -8,6 +8,7 @@ from torch import Tensor
 from ..forward import Outputs
 from ..ops import DTYPES
 from .base import Built
+from .outputs import HiddenStates
 from .packed import Sized
 from .position import position_of
 from .weights import Derived
@@ -32,13 +33,9 @@ class TilesTower(Built, Sized):
         return None
 
     def _run(
-        self,
-        derived: Derived,
-        pixel_values: Tensor,
-        collect: Callable[[Tensor], None] | None,
-        interpolate: bool = False,
+        self, derived: Derived, pixel_values: Tensor, kept: HiddenStates | None, interpolate: bool = False
     ) -> Outputs:
         position = position_of(self.embeddings, pixel_values, interpolate)
         if pixel_values.dtype not in DTYPES:
             pixel_values = pixel_values.to(position.dtype)
-        return derived.run(pixel_values, position, collect)
+        return derived.run(pixel_values, position, kept)

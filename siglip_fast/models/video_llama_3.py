@@ -48,8 +48,8 @@ class VideoLlama3Tower(Gridded):
         grids = read(torch.cat([grid_thw, merge_sizes[:, None]], 1))  # together, so that the host waits once
         return "merge_sizes is not positive" if min(merge for *_, merge in grids) < 1 else grids
 
-    def _merges(self, grids: Sequence[Grid]) -> list[int]:
-        return [merge for *_, merge in grids]
+    def _merges(self, grids: Sequence[Grid]) -> tuple[int, ...]:
+        return tuple(merge for *_, merge in grids)
 
     def _grids_reason(self, grids: Sequence[Grid]) -> str | None:
         fits = all(h % merge == 0 and w % merge == 0 for _, h, w, merge in grids)

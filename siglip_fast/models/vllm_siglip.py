@@ -11,6 +11,7 @@ from vllm.model_executor.layers.layernorm import LayerNorm
 from vllm.model_executor.models import siglip
 
 from .anatomy import check_position_ids
+from .outputs import HiddenStates
 from .server_tower import size_reasons
 from .vllm_tower import VllmTower, siglip_anatomy
 from .weights import Derived
@@ -30,9 +31,9 @@ class SiglipVisionTransformer(VllmTower, siglip.SiglipVisionTransformer):
 
         def encoded(derived: Derived) -> Tensor | list[Tensor]:
             """What vLLM's encoder returns: the last of its hidden states `[B, N, D]`, or every one."""
-            stream: list[Tensor] = []
-            last, _ = derived.run(pixel_values, position, stream.append if every else None)
-            return stream if every else last
+            stream = HiddenStates() if every else None
+            last, _ = derived.run(pixel_values, position, stream)
+            return stream.kept if every else last
 
         states = self._fused(encoded, len(pixel_values) * len(position), pixel_values, interpolate_pos_encoding)
         if states is None:

@@ -5,14 +5,14 @@ parameters' own memory, unless the backend packs weights, or autocast's dtype is
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from ..backends.select import is_capturing
+from ..backends.select import is_capturing, is_for_graph
 from ..forward import (
     HeadWeights,
     LayerWeights,
@@ -32,6 +32,7 @@ from ..running.packed_graphs import PackedGraphs
 from ..running.uint8 import Normalization
 from ..tuning.cache import Selection
 from .anatomy import Anatomy, Unsupported, has_head
+from .outputs import HiddenStates
 from .source import Source
 
 
@@ -58,7 +59,6 @@ class Derived:
         self.weights: TowerWeights | None = None
         self.graphs: Graphs | PackedGraphs | None = None  # CUDA graphs that read them
         self._uint8: dict[Normalization, TowerWeights] = {}
-        self._plans: dict[tuple, Any] = {}  # `siglip_fast.running.plans.Plans`
         self._kept: dict[Callable, Any] = {}  # what else is derived from the tower, and goes with its weights
         self._reason: str | None = None
         self.is_new = True  # no forward has run on them
@@ -80,31 +80,68 @@ class Derived:
         self,
         pixel_values: Tensor,
         position: Tensor,
-        collect: Callable[[Tensor], None] | None = None,
+        states: HiddenStates | None = None,
         normalization: Normalization | None = None,
         head: bool = True,
     ) -> Outputs:
         """`siglip_fast.forward.forward` on these weights, without pooling if `head` is False; by a plan where there can be one.
 
-        With `normalization` pixel_values are uint8 images that it is to be applied to (`folds`).
+        `states` collects the residual stream. With `normalization` pixel_values are uint8 images that it is to be applied
+        to (`folds`).
         """
-        if collect is None and self.ops.backend == "triton":
-            from ..running import plans  # it imports Triton, which not every machine has
+        weights = self._weights(normalization, head)
+        if not (plans := self._planning(pixel_values)):
+            return self.forward(self.ops, weights, pixel_values, position, states and states.collect)
 
-            if plans.applies(pixel_values):
-                planned = self._plans.get((normalization, head))
-                if planned is None:
-                    weights = self._weights(normalization, head)
-                    planned = plans.Plans(functools.partial(self.forward, self.ops, weights), weights)
-                    self._plans[normalization, head] = planned
-                return planned(pixel_values, position)
-        return self.forward(self.ops, self._weights(normalization, head), pixel_values, position, collect)
+        def run(pixel_values: Tensor, position: Tensor) -> tuple[Tensor | None, ...]:
+            collected = states and HiddenStates(states.indices)
+            outputs = self.forward(self.ops, weights, pixel_values, position, collected and collected.collect)
+            return *outputs, *(collected.kept if collected else ())
+
+        asked, inputs = states and (states.indices,), (pixel_values, position)
+        key = normalization, head, asked, *map(plans.kind, inputs), plans.mode(weights.patch.weight.dtype)
+        planned = self.kept(plans.Plans)
+        plan = planned.find(key)
+        y, pooled, *collected = plan(*inputs) if plan else planned.make(key, run, inputs, weights)
+        for state in collected:
+            states.collect(state)
+        return y, pooled
 
     def run_packed(
         self, pixel_rows: Tensor, packing: Packing, collect: Callable[[Tensor], None] | None = None
     ) -> PackedOutputs:
-        """`siglip_fast.forward.forward_packed` on these weights."""
+        """`siglip_fast.forward.forward_packed` on these weights; its layers by a plan where there can be one."""
+        if planned := self._packed_plans(pixel_rows):
+            return planned.once(pixel_rows, packing, collect)
         return self._forward_packed(self.ops, self.weights, pixel_rows, packing, collect)
+
+    def run_sizes(
+        self,
+        pixel_rows: Tensor,
+        sizes: Hashable,
+        pack: Callable[[], Packing],
+        collect: Callable[[Tensor], None] | None = None,
+    ) -> PackedOutputs:
+        """`run_packed(pixel_rows, pack(), collect)`, where that packing depends on `sizes` alone; all of it by a plan for
+        sizes that came before."""
+        if collect is None and (planned := self._packed_plans(pixel_rows)):
+            return planned(pixel_rows, sizes, pack)
+        return self.run_packed(pixel_rows, pack(), collect)
+
+    def _planning(self, tensor: Tensor) -> Any:
+        """`siglip_fast.running.plans`, where forwards on the tensor's device are planned."""
+        if self.ops.backend != "triton":
+            return None
+        from ..running import plans  # it imports Triton, which not every machine has
+
+        return plans if plans.applies(tensor) else None
+
+    def _packed_plans(self, pixel_rows: Tensor) -> Any:
+        if is_for_graph() or not self._planning(pixel_rows):
+            return None
+        from ..running.packed_plans import PackedPlans
+
+        return self.kept(PackedPlans, functools.partial(self._forward_packed, self.ops, self.weights), self.weights)
 
     def kept(self, make: Callable[..., Any], *args: Any) -> Any:
         """`make(*args)`, made once for these weights."""

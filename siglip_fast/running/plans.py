@@ -9,13 +9,13 @@ derived weights that it was made on (`siglip_fast.models.weights.Derived`).
 import itertools
 import logging
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -23,14 +23,13 @@ from siglip_fast.kernels.gemm import device_guard, input_precision
 from siglip_fast.kernels.launch import recording
 
 from ..backends.select import is_capturing, is_for_graph
-from ..forward import Outputs
 from .recorder import Call, Description, Launch, Recorder, View, arrange
 
 logger = logging.getLogger("siglip_fast")
 
 MOST = 64  # plans that are kept for a model
 
-Forward = Callable[[Tensor, Tensor], Outputs]
+Forward = Callable[..., tuple[Tensor | None, ...]]
 
 
 def applies(tensor: Tensor) -> bool:
@@ -39,56 +38,54 @@ def applies(tensor: Tensor) -> bool:
 
 
 class Plans:
-    """The plans of a `forward(pixel_values, position)` on certain weights, one a shape of its inputs."""
+    """The latest plans of a model's forwards, by whatever tells them apart beside its weights."""
 
-    def __init__(self, forward: Forward, weights: Any):
-        self._forward = forward
-        self._weights = weights
-        self._dtype = weights.patch.weight.dtype
-        self._plans: dict[tuple, Plan | None] = {}  # None: what that forward does cannot be repeated
+    def __init__(self) -> None:
+        self._plans: dict[Hashable, Plan | None] = {}  # None: what that forward does cannot be repeated
         self._lock = threading.Lock()
 
-    def __call__(self, pixel_values: Tensor, position: Tensor) -> Outputs:
-        key = self._key(pixel_values, position)
+    def find(self, key: Hashable) -> "Plan | None":
+        """The plan to launch by now, if there is one."""
         plan = self._plans.get(key)
-        if plan is not None and not _is_profiled():
-            return plan(pixel_values, position)
-        if key in self._plans or is_capturing(pixel_values) or not self._lock.acquire(blocking=False):
-            return self._forward(pixel_values, position)
+        return None if plan is None or is_profiled() else plan
+
+    def has_tried(self, key: Hashable) -> bool:
+        """Whether one was made, or cannot be."""
+        return key in self._plans
+
+    def make(self, key: Hashable, forward: Forward, inputs: Sequence[Tensor], constants: Any) -> tuple:
+        """`forward(*inputs)`, and a plan of it for the next time; `constants` is what else it reads."""
+        if key in self._plans or is_capturing(inputs[0]) or not self._lock.acquire(blocking=False):
+            return forward(*inputs)
         try:
-            recorder = Recorder([pixel_values, position], self._weights)
+            recorder = Recorder(inputs, constants)
             with recording(recorder):
-                outputs = self._forward(pixel_values, position)
+                outputs = forward(*inputs)
             kept = [*self._plans.items()][1 - MOST :]  # the latest
             self._plans = dict([*kept, (key, plan_of(recorder, outputs))])
             return outputs
         finally:
             self._lock.release()
 
-    def _key(self, pixel_values: Tensor, position: Tensor) -> tuple:
-        """All that kernels, grids and constants depend on, beside the weights."""
-        return (
-            pixel_values.shape,
-            pixel_values.stride(),
-            pixel_values.dtype,
-            pixel_values.data_ptr() % 16,  # for other alignments Triton has other kernels
-            pixel_values.is_neg(),  # such are copied first
-            position.shape,
-            position.stride(),
-            position.dtype,
-            position.data_ptr() % 16,
-            is_for_graph(),
-            input_precision(self._dtype) if self._dtype is torch.float32 else None,
-        )
+
+def kind(tensor: Tensor) -> tuple:
+    """What kernels, grids and constants depend on in a tensor."""
+    # For other alignments Triton has other kernels; tensors with a bit for negation are copied first.
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.data_ptr() % 16, tensor.is_neg()
 
 
-def _is_profiled() -> bool:
+def mode(dtype: torch.dtype) -> tuple:
+    """What they depend on beside tensors, where the weights have this dtype."""
+    return is_for_graph(), input_precision(dtype) if dtype is torch.float32 else None
+
+
+def is_profiled() -> bool:
     """Whether somebody, such as Triton's profiler, is to be called at each launch."""
     runtime = triton.knobs.runtime
     return any(getattr(hook, "calls", hook) for hook in (runtime.launch_enter_hook, runtime.launch_exit_hook))
 
 
-def plan_of(recorder: Recorder, outputs: Outputs) -> "Plan | None":
+def plan_of(recorder: Recorder, outputs: tuple[Tensor | None, ...]) -> "Plan | None":
     """None where what was recorded cannot be repeated."""
     views = tuple(map(recorder.output, outputs))
     if recorder.reason:
@@ -102,13 +99,14 @@ class Plan:
 
     def __init__(self, recorder: Recorder, outputs: tuple[View | None, ...]):
         offsets, self.workspace = arrange(recorder.buffers)  # in bytes
+        self._constants = recorder.constants  # of which the launches have addresses
         self._outputs = [view and view.buffer for view in outputs]
         returned = {buffer for step in recorder.steps if isinstance(step, Call) for buffer in step.results}
         self._written = {view.buffer: view for view in outputs if view and view.buffer not in returned}
         self._parts = [Part(*part, offsets) for part in _parts(recorder, returned - set(self._outputs))]
         self.launches = sum(isinstance(step, Launch) for step in recorder.steps)
 
-    def __call__(self, *inputs: Tensor) -> Outputs:
+    def __call__(self, *inputs: Tensor) -> tuple[Tensor | None, ...]:
         device = inputs[0].device
         with device_guard(inputs[0]):
             given = dict(enumerate(inputs))
@@ -128,7 +126,7 @@ class Prepared:
 
     def __init__(self, launch: Launch):
         compiled, grid, arguments = launch
-        # As Triton launches: launch metadata and two hooks, of which `_is_profiled` says that there are none.
+        # As Triton launches: launch metadata and two hooks, of which `is_profiled` says that there are none.
         head = [*(*grid, 1, 1)[:3], 0, compiled.function, compiled.packed_metadata, None, None, None]
         placed = enumerate([*head, *arguments])
         views = [(i, a) for i, a in placed if isinstance(a, (View, Description))]
@@ -206,9 +204,10 @@ class Part:
 
     def _make(self, given: dict[int, Tensor], piece: Tensor) -> None:
         function, args, results = self._call
+        args = tree_map_only(View, lambda view: self._tensor(view, given, piece), args)
         # As the operations run: `siglip_fast.forward` sees to it.
         with torch.no_grad(), torch.autocast(piece.device.type, enabled=False):
-            result = function(*(self._tensor(arg, given, piece) if isinstance(arg, View) else arg for arg in args))
+            result = function(*args)
         given.update(zip(results, (t for t in tree_leaves(result) if isinstance(t, Tensor)), strict=True))
 
     def _tensor(self, view: View, given: dict[int, Tensor], piece: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 ALIGNMENT = 256  # of buffers, in bytes; kernels are compiled for addresses at multiples of 16
@@ -69,6 +69,7 @@ class Recorder:
         self.steps: list[Launch | Call] = []
         self.buffers: list[Buffer] = []
         self.reason: str | None = None
+        self.constants = constants
         self._constant = {_storage(t) for t in tree_leaves(constants) if isinstance(t, Tensor)}
         self._buffer_of: dict[int, int] = {}  # by storage
         self.inputs = [self._add(tensor, own=False) for tensor in inputs]
@@ -82,10 +83,7 @@ class Recorder:
         self.steps.append(Launch(compiled, grid, tuple(map(self._argument, arguments.values()))))
 
     def called(self, function: Callable[..., Any], args: tuple, result: Any) -> None:
-        args = tuple(self._locate(arg) if isinstance(arg, Tensor) else arg for arg in args)
-        within = [leaf for arg in args for leaf in tree_leaves(arg) if isinstance(leaf, Tensor)]
-        if any(_storage(tensor) not in self._constant for tensor in within):
-            self.reason = f"{function.__name__} is given a tensor that is no constant inside of an argument"
+        args = tree_map_only(Tensor, self._locate, args)
         made = tuple(self._add(t, own=False) for t in tree_leaves(result) if isinstance(t, Tensor))
         self.steps.append(Call(function, args, made))
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from siglip_fast.backends.choice import DEFAULT, Choice
 from siglip_fast.running import plans
 
 _interpreting = threading.Lock()  # Triton's interpreter serves one thread at a time
@@ -83,3 +84,26 @@ def planned() -> Iterator[None]:
     ):
         Compiled.launched = 0
         yield
+
+
+class Chosen:
+    """In the place of a tuned selection: some operations by these choices, the others by default."""
+
+    digest = "chosen"
+
+    def __init__(self, **choices: Choice):
+        self._choices = choices
+
+    def choice(self, name: str, *_) -> Choice:
+        return self._choices.get(name, DEFAULT)
+
+    def choices(self, *_) -> list[Choice]:
+        return []
+
+    def settle(self, *_) -> None:
+        pass
+
+
+def vendors(*names: str) -> Chosen:
+    """The vendor's route for some operations."""
+    return Chosen(**{name: Choice("sdpa" if name == "attention" else "vendor") for name in names})

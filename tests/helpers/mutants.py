@@ -41,6 +41,7 @@ _ROWS = "tests/kernels/test_patch_rows.py -k 'triton and bf16 and accuracy and"
 _POOL_SEGMENTS = f"{_POOL} test_segments and"
 _INVARIANT = "tests/backends/test_invariant.py -k"
 _PLANS = "tests/running/test_plans.py -k"
+_PACKED_PLANS = "tests/running/test_packed_plans.py -k"
 
 # Launch plans: file in siglip_fast/, old, new, tests.
 _PLANNED = {
@@ -69,9 +70,9 @@ _PLANNED = {
         "pass",
         "'same_bits and dtype0-2'",
     ),
-    "alignment-of-pixels": ("running/plans.py", "pixel_values.data_ptr() % 16,", "0,", "told_apart"),
+    "alignment-of-pixels": ("running/plans.py", "tensor.data_ptr() % 16,", "0,", "told_apart"),
     "old-outputs-written": ("running/plans.py", "elif bound.given != addresses:", "elif False:", "that_are_kept"),
-    "profilers-see-nothing": ("running/plans.py", "and not _is_profiled()", "", "profilers"),
+    "profilers-see-nothing": ("running/plans.py", "or is_profiled()", "", "profilers"),
     "results-of-calls-kept": (
         "running/plans.py",
         "self._done, self._offsets = call, done, offsets",
@@ -79,6 +80,23 @@ _PLANNED = {
         "results_of_calls",
     ),
     "calls-in-autocast": ("running/plans.py", ", torch.autocast(piece.device.type, enabled=False)", "", "calls_run_as"),
+}
+
+# Launch plans of images of any size: edits of running/packed_plans.py, and tests.
+_PACKED_PLANNED = {
+    "every-layer-the-first": ("self._layers[id(layer)]", "next(iter(self._layers.values()))", "'test_padded_rows'"),
+    "layers-that-lie-elsewhere": ("key = kind, plans.kind(x), plans.kind(m)", "key = plans.kind(x)", "elsewhere"),
+    "layers-without-plan": ("if plan := self._plans.get(key):", "if plan := None:", "'test_padded_rows'"),
+    "rows-that-lie-elsewhere": (
+        "key = sizes, plans.kind(pixel_rows),",
+        "key = sizes, pixel_rows.shape,",
+        "odd_address",
+    ),
+    "all-sizes-the-same": ("key = sizes, plans", "key = None, plans", "squares"),
+    "planned-when-they-first-come": ("next(self._times(key)) == 0", "False", "'before and qwen3_vl and dtype0'"),
+    "not-as-a-whole-not-at-all": ("== 0 or self._plans.has_tried(key)", "== 0", "cannot_be_planned"),
+    "profilers-see-nothing": ("run if plans.is_profiled() else PlannedLayer", "PlannedLayer", "'test_profilers'"),
+    "more-remembered-than-kept": ("lru_cache(plans.MOST)", "lru_cache(None)", "so_many"),
 }
 
 # Edits of a persistent program's steps, which both kernels take, and of the loop that both hold: old and new.
@@ -982,6 +1000,12 @@ MUTANTS = {
     **{
         f"plan-{name}": Mutant(f"siglip_fast/{file}", old, new, f"{_PLANS} {tests}", interpreted=True)
         for name, (file, old, new, tests) in _PLANNED.items()
+    },
+    **{
+        f"packed-plan-{name}": Mutant(
+            "siglip_fast/running/packed_plans.py", old, new, f"{_PACKED_PLANS} {tests}", interpreted=True
+        )
+        for name, (old, new, tests) in _PACKED_PLANNED.items()
     },
     **{f"packed-{name}": Mutant(f"kernels/{file}", *edit) for name, (file, *edit) in _PACKED.items()},
     "invariant-equal-images-their-own-way": Mutant(

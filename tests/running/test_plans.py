@@ -9,7 +9,7 @@ import pytest
 import torch
 import triton
 from device import ON_GPU
-from interpreted import Compiled, planned
+from interpreted import Chosen, Compiled, planned, vendors
 from models import TINY, drop_in, stock_model
 from torch.utils._pytree import tree_leaves
 from transformers import SiglipVisionConfig
@@ -77,7 +77,7 @@ def check(model, pixels, launched=True, **kwargs):
         kept.append((output, unplanned(model, pixels + shift, **kwargs)))
     for output, expected in kept:  # afterwards: a later forward must not write into an earlier one's output
         for tensor, wanted in zip(tree_leaves(dict(output)), tree_leaves(dict(expected)), strict=True):
-            assert torch.equal(tensor, wanted)
+            assert tensor is wanted or torch.equal(tensor, wanted)  # None where it was not asked for
 
 
 @pytest.mark.parametrize("count", [1, 2, 5])
@@ -166,52 +166,21 @@ SPLIT = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 16, "GROUP_M": 8, "SPLIT_K": 2
 BODY = {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 16, "GROUP_M": 8, "num_warps": 4, "num_stages": 3}
 
 
-@pytest.fixture
-def choose(monkeypatch):
-    """Operations run as this says by name."""
-    found = {}
-    for name, run in triton_backend.RUN.items():
-
-        def chosen(choice, *args, name=name, run=run):
-            return run(found.get(name, choice), *args)
-
-        monkeypatch.setitem(triton_backend.RUN, name, chosen)
-    return found
-
-
 @pytest.mark.parametrize("config", [SPLIT, BODY | {"TAIL": BODY | {"BLOCK_N": 128}}, BODY | {"PERSISTENT": True}])
-def test_other_configurations(model, choose, config):
-    choose["linear_residual"] = Choice("triton", config)
-    check(model, images(5))
-
-
-class Selection:
-    """The vendor's route for some operations."""
-
-    digest = "vendor"
-
-    def __init__(self, *names):
-        self._names = names
-
-    def choice(self, name, *_):
-        route = "sdpa" if name == "attention" else "vendor"
-        return Choice(route) if name in self._names else triton_backend.DEFAULT
-
-    def choices(self, *_):
-        return []
-
-    def settle(self, *_):
-        pass
+def test_other_configurations(config, monkeypatch):
+    chosen = Chosen(linear_residual=Choice("triton", config))
+    monkeypatch.setattr("siglip_fast.models.weights._selection_on", lambda device: chosen)
+    check(make_model(), images(5))
 
 
 @pytest.mark.parametrize("names", [["attention"], ["linear_residual"], ["layernorm"], [*triton_backend.RUN]])
 def test_vendors_routes(names, monkeypatch):
-    monkeypatch.setattr("siglip_fast.models.weights._selection_on", lambda device: Selection(*names))
+    monkeypatch.setattr("siglip_fast.models.weights._selection_on", lambda device: vendors(*names))
     check(make_model(), images(2), launched=len(names) == 1)
 
 
 def test_a_plan_of_calls_alone_is_one(monkeypatch):
-    monkeypatch.setattr("siglip_fast.models.weights._selection_on", lambda device: Selection(*triton_backend.RUN))
+    monkeypatch.setattr("siglip_fast.models.weights._selection_on", lambda device: vendors(*triton_backend.RUN))
     model = make_model()
     with torch.no_grad():
         model(images(2))
@@ -219,24 +188,36 @@ def test_a_plan_of_calls_alone_is_one(monkeypatch):
 
 
 def plan_of(model):
-    return [plan for each in model._current()._plans.values() for plan in each._plans.values()]
+    return [*model._current().kept(plans.Plans)._plans.values()]
 
 
-def test_hidden_states_are_not_planned(model):
-    check(model, images(2), launched=False, output_hidden_states=True)
+@pytest.mark.parametrize("asked", [True, [0], [-1, 1]])
+def test_hidden_states(asked):
+    """One after the other: each that is asked for is an output, and plans are told apart by it."""
+    model = make_model(num_hidden_layers=2)
+    check(model, images(2), output_hidden_states=asked)
+    check(model, images(2))
 
 
-def test_autocast_is_not_planned(model):
-    """Between the operations torch casts, which no plan would repeat."""
-    for _ in range(2):
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-            model(images(2))
-    assert not Compiled.launched
+def test_hidden_states_asked_for_in_turns(model):
+    for asked in (True, [1], [0], True, False, [1], [0]):
+        with torch.no_grad():
+            output = model(images(2), output_hidden_states=asked)
+        expected = unplanned(model, images(2), output_hidden_states=asked)
+        assert [*map(type, tree_leaves(dict(output)))] == [*map(type, tree_leaves(dict(expected)))]
+        for tensor, wanted in zip(tree_leaves(dict(output)), tree_leaves(dict(expected)), strict=True):
+            assert tensor is wanted or torch.equal(tensor, wanted)
+
+
+def test_autocast(model):
+    """The cast before the pooling head is a step of the plan."""
+    with torch.autocast("cpu", torch.bfloat16):
+        check(model, images(2))
 
 
 def test_calls_run_as_at_first(monkeypatch):
     """Inside of autocast a forward runs its operations with autocast off, and so does a plan."""
-    monkeypatch.setattr("siglip_fast.models.weights._selection_on", lambda device: Selection("attention"))
+    monkeypatch.setattr("siglip_fast.models.weights._selection_on", lambda device: vendors("attention"))
     modes, run = [], triton_backend.RUN["attention"]
 
     def watched(*args):
@@ -253,7 +234,7 @@ def test_calls_run_as_at_first(monkeypatch):
 
 def test_results_of_calls_go_when_they_were_read(monkeypatch):
     """As where operations run one by one; else a deep model would keep those of all layers."""
-    monkeypatch.setattr("siglip_fast.models.weights._selection_on", lambda device: Selection("layernorm_linear"))
+    monkeypatch.setattr("siglip_fast.models.weights._selection_on", lambda device: vendors("layernorm_linear"))
     alive, counts = weakref.WeakSet(), []
     run = triton_backend.RUN["layernorm_linear"]
 
