@@ -198,7 +198,9 @@ def on_gpu(name: str, batch: int) -> str:
             "route": lambda: model._route(pixels),
         }
     )
-    ratios = (f"{times[key]:.0f} ({times[key] / times['bare']:.2f})" for key in ("eager", "states", "uint8", "compiled"))
+    ratios = (
+        f"{times[key]:.0f} ({times[key] / times['bare']:.2f})" for key in ("eager", "states", "uint8", "compiled")
+    )
     replay = (f"{times['replay']:.0f}", f"{until_replay(captured, pixels):.0f}", f"{times['route']:.0f}")
     cells = [name, batch, count, f"{times['bare']:.0f}", *ratios, *replay]
     return f"| {' | '.join(map(str, cells))} |"

@@ -124,11 +124,11 @@ def linear(x, linear, activation):
     return plain.linear(x, linear, activation) if _is_plain(linear) else _linear(x, linear, activation)
 
 
-def attention(qkv):
+def attention(qkv, keys=None):
     if _isa(qkv) == "AVX512" and _is_slow_in_mkl():
-        if fused := onednn_graph.attention_for(qkv):
+        if fused := onednn_graph.attention_for(qkv, keys):
             return fused(qkv)
-    return plain.attention(qkv)
+    return plain.attention(qkv, keys)
 
 
 def attention_segments(qkv, segments):

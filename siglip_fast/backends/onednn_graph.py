@@ -25,16 +25,19 @@ _compiled: dict[tuple, Callable[[Tensor], Tensor] | None] = {}
 _compiling = threading.Lock()
 
 
-def attention_for(qkv: Tensor) -> Callable[[Tensor], Tensor] | None:
-    """What computes `Ops.attention` of contiguous tensors of this dtype and shape, on as many threads as now; None where
-    torch's kernel should."""
-    B, N, _, H, d = qkv.shape
+def attention_for(qkv: Tensor, keys: int | None = None) -> Callable[[Tensor], Tensor] | None:
+    """What computes `Ops.attention` of contiguous tensors of this dtype and shape, of all queries and so many keys, the first
+    ones (None: all), on as many threads as now; None where torch's kernel should."""
+    B, n, _, H, d = qkv.shape
+    N = n if keys is None else keys
     if qkv.dtype not in _TYPES or (qkv.dtype == torch.float32 and N not in _FLOAT32_TOKENS):
         return None
     # It looks at memory only, of which other kinds of tensors may have none, or another sign.
     if type(qkv) is not Tensor or qkv.is_neg():
         return None
     threads, blocks = torch.get_num_threads(), _blocks(N)
+    if blocks > 1 and n != N:
+        return None
     # With fewer heads oneDNN has another kernel, for all heads at once. That is its rule, and its number.
     if blocks * H <= 2 * threads:
         blocks = 1
@@ -43,7 +46,7 @@ def attention_for(qkv: Tensor) -> Callable[[Tensor], Tensor] | None:
     if not _is_usable(qkv.dtype, threads):
         return None
     images = B if blocks == 1 else 1  # in one call: with a stride of 0 only one
-    compiled = _compiled_for(qkv.dtype, images, N, blocks, H, d, threads)
+    compiled = _compiled_for(qkv.dtype, images, n, N, blocks, H, d, threads)
     if compiled is None or images == B:
         return compiled
     return lambda batch: torch.cat([compiled(image) for image in batch.split(1)])
@@ -67,7 +70,7 @@ def _is_usable(dtype: torch.dtype, threads: int) -> bool:
     queries[..., 0], queries[..., 1] = 64, 1
     keys[..., 0], keys[::2, :, 1] = 32, 8
     values[::2] = 1
-    attention = _compiled_for(dtype, 1, 4, 2, 2 * threads + 1, 64, threads)
+    attention = _compiled_for(dtype, 1, 4, 4, 2, 2 * threads + 1, 64, threads)
     if attention is None:
         return False
     expected = torch.ones((), device="cpu").sigmoid()
@@ -78,31 +81,34 @@ def _is_usable(dtype: torch.dtype, threads: int) -> bool:
 
 
 def _compiled_for(dtype: torch.dtype, *shape: int) -> Callable[[Tensor], Tensor] | None:
-    """Of B, N, blocks, H, d and the number of threads, which decides on oneDNN's kernel; None if there is to be none."""
+    """Of B, queries, keys, blocks, H, d and the number of threads, which decides on oneDNN's kernel; None if there is to be none."""
     key = dtype, *shape
     if key not in _compiled:
         with _compiling:
             if key not in _compiled and len(_compiled) < _MOST_SHAPES:
-                _compiled[key] = _compile(dtype, *shape[:5])
+                _compiled[key] = _compile(dtype, *shape[:6])
     return _compiled.get(key)
 
 
-def _compile(dtype: torch.dtype, B: int, N: int, blocks: int, H: int, d: int) -> Callable[[Tensor], Tensor] | None:
-    n = N // blocks
+def _compile(
+    dtype: torch.dtype, B: int, queries: int, keys: int, blocks: int, H: int, d: int
+) -> Callable[[Tensor], Tensor] | None:
+    n = queries // blocks
     running = threading.Lock()  # Static Runtime computes one call at a time, and holds the GIL meanwhile
 
     def attention(qkv: Tensor) -> Tensor:
         q, k, v = qkv.unbind(2)
+        k, v = k[:, :keys], v[:, :keys]
         q = q.view(B * blocks, n, H, d)  # blocks look like images, whose keys and values have a stride of 0
         q, k, v = (t.transpose(1, 2).expand(B * blocks, -1, -1, -1) for t in (q, k, v))
         with running:
-            return run(q, k.mT, v, scale).transpose(1, 2).view(B, N, H, d)
+            return run(q, k.mT, v, scale).transpose(1, 2).view(B, queries, H, d)
 
     try:
         scale = torch.full((1,), d**-0.5, dtype=torch.float32, device="cpu")
-        run = torch._C._jit_to_static_module(_graph(_TYPES[dtype], B * blocks, n, N, H, d))
+        run = torch._C._jit_to_static_module(_graph(_TYPES[dtype], B * blocks, n, keys, H, d))
         # The first call compiles, for tensors of its strides: oneDNN would not notice others.
-        attention(torch.zeros(B, N, 3, H, d, dtype=dtype, device="cpu"))
+        attention(torch.zeros(B, queries, 3, H, d, dtype=dtype, device="cpu"))
     except Exception as error:  # of any kind: torch calls all this internal
         logger.info("attention in %s is torch's: oneDNN Graph does not compile it: %s", dtype, error)
         return None

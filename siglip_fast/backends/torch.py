@@ -71,9 +71,10 @@ def rotated(qkv, rotation):
     return qkv
 
 
-def attention(qkv):
+def attention(qkv, keys=None):
+    """Of so many keys, the first ones; None: of all."""
     q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))
-    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).contiguous()
+    return F.scaled_dot_product_attention(q, k[:, :, :keys], v[:, :, :keys]).transpose(1, 2).contiguous()
 
 
 def attention_segments(qkv, segments, attention=attention):
@@ -81,12 +82,7 @@ def attention_segments(qkv, segments, attention=attention):
     for first, count, queries, keys in runs(segments):
         rows = slice(first, first + count * queries)
         own = qkv[rows].unflatten(0, (count, queries))
-        if queries == keys:
-            result = attention(own)
-        else:
-            q, k, v = (part.transpose(1, 2) for part in own.unbind(2))
-            result = F.scaled_dot_product_attention(q, k[:, :, :keys], v[:, :, :keys]).transpose(1, 2)
-        out[rows].unflatten(0, (count, queries)).copy_(result)
+        out[rows].unflatten(0, (count, queries)).copy_(attention(own, keys))
     return out
 
 

@@ -43,8 +43,8 @@ def calls(monkeypatch):
     """The shapes that oneDNN Graph computed."""
     shapes, attention_for = [], onednn_graph.attention_for
 
-    def counting(qkv):
-        attention = attention_for(qkv)
+    def counting(qkv, keys=None):
+        attention = attention_for(qkv, keys)
         if attention:
             shapes.append(qkv.shape)
         return attention
@@ -88,6 +88,25 @@ def test_blocks_of_queries(images, tokens, dtype, calls):
     qkv = random(images, tokens, 3, 3, 16, scale=2, dtype=dtype)
     assert_accurate(Ops("cpu").attention(qkv), qkv)
     assert calls == [qkv.shape]
+
+
+@needs_graph
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("queries, keys", [(71, 70), (200, 65), (1025, 1024)])
+def test_rows_that_are_no_keys(queries, keys, dtype, calls):
+    """As NaFlex's padded rows are; they would outweigh all keys."""
+    qkv = random(2, queries, 3, 4, 16, dtype=dtype)
+    qkv[:, keys:, 1:] = 100
+    actual = cpu.attention(qkv, keys)
+    reference.assert_accurate(actual, reference.attention(qkv, keys), plain.attention(qkv, keys))
+    assert calls == [qkv.shape]
+
+
+@needs_graph
+def test_rows_that_are_no_keys_where_queries_would_be_blocks(calls):
+    qkv = random(1, 1281, 3, 4, 16)
+    assert torch.equal(cpu.attention(qkv, 1280), plain.attention(qkv, 1280))
+    assert not calls
 
 
 def test_rounded_scores_would_not_pass():
@@ -167,7 +186,7 @@ def test_where_it_applies(dtype, threads, B, N, H, images, blocks, monkeypatch):
         patched.setattr(onednn_graph, "_compiled_for", lambda *shape: asked.append(shape) or torch.square)
         attention = onednn_graph.attention_for(torch.empty(B, N, 3, H, 8, dtype=dtype))
     assert (attention is None) == (images is None)
-    assert asked == ([] if images is None else [(dtype, images, N, blocks, H, 8, threads)])
+    assert asked == ([] if images is None else [(dtype, images, N, N, blocks, H, 8, threads)])
 
 
 @pytest.mark.parametrize("tokens, blocks", [(1, 1), (1024, 1), (1025, 5), (1031, 1), (1152, 6), (1179, 9), (4096, 16)])

@@ -30,8 +30,9 @@ def quick_gelu(x):
     return x / (1 + torch.exp(-1.702 * x))
 
 
-def attention(qkv):
+def attention(qkv, keys=None):
     q, k, v = (t.double().transpose(1, 2) for t in qkv.unbind(2))
+    k, v = k[:, :, :keys], v[:, :, :keys]
     scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
     return (torch.softmax(scores, dim=-1) @ v).transpose(1, 2)
 
