@@ -19,7 +19,7 @@ TESTS = (*(f"kernels/test_{name}.py" for name in KERNELS), "models/test_siglip.p
          "running/test_plans.py", "running/test_graphs.py", "running/test_traced.py", "kernels/test_configs.py")  # fmt: skip
 # Images of any size, in a full run: the short ones have no time for them yet.
 PACKED_TESTS = (*(f"kernels/test_{name}.py" for name in ("attention_segments", "patch_rows", "rotation")),
-                "models/test_siglip2.py", "models/test_qwen3_vl.py")  # fmt: skip
+                "models/test_siglip2.py", "models/test_qwen3_vl.py", "running/test_packed_plans.py")  # fmt: skip
 # Of TESTS, in a short run. The cpu and torch backends are no GPU's business, nor are models of full size, which the
 # benchmark compares too; of torch.compile's tests those that do not compile again and again.
 ON_GPU = (

@@ -1,6 +1,7 @@
 """Calls on images of any size, launched by plans, give the bits of those launched operation by operation: a new mix of sizes
 layer by layer as its first layer was, one that came before as a whole."""
 
+import contextlib
 import gc
 import weakref
 
@@ -28,11 +29,32 @@ GRIDS = [(1, 2, 4), (1, 2, 2)]
 
 
 @pytest.fixture(autouse=True)
-def interpreted():
-    if ON_GPU:
+def interpreted(request):
+    if ON_GPU and request.function is not test_on_a_gpu:
         pytest.skip("the interpreter stands for compiled kernels here")
-    with planned():
+    with contextlib.nullcontext() if ON_GPU else planned():
         yield
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: real kernels, real addresses, streams")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@torch.no_grad()
+def test_on_a_gpu(dtype):
+    model, streams, kept = qwen3_vl(dtype).cuda(), [torch.cuda.Stream() for _ in range(3)], []
+    for turn in range(12):
+        call = {
+            name: value.cuda() for name, value in qwen3_vl_call([(1, 2, 4), (1, 2, 2)][: 1 + turn % 2], dtype).items()
+        }
+        call["hidden_states"] += turn
+        torch.cuda.synchronize()
+        with torch.cuda.stream(streams[turn % 3]):
+            kept.append((zoo.tensors(model(**call)), call))
+    torch.cuda.synchronize()
+    plans_made = [*model._current().kept(PackedPlans)._plans._plans.values()]
+    assert len(plans_made) == 2 and all(plans_made)
+    for actual, call in kept:
+        expected = unplanned(model, call)
+        assert all(torch.equal(actual[name], expected[name]) for name in expected)
 
 
 def qwen3_vl(dtype=torch.float32, **changes):
