@@ -8,6 +8,7 @@ import functools
 import itertools
 from collections.abc import Callable, Hashable
 
+import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
@@ -44,12 +45,17 @@ class PackedPlans:
         """The forward by `pack()`, which depends on `sizes` alone; planned when these come for the second time."""
         key = sizes, plans.kind(pixel_rows), plans.mode(self._dtype)
         if plan := self._plans.find(key):
+            _hold(plan, pixel_rows.device)
             return _packed(plan(pixel_rows))
         packing = pack()
         if next(self._times(key)) == 0 or self._plans.has_tried(key):
             return self.once(pixel_rows, packing)
         constants = *self._constants, packing
-        return _packed(self._plans.make(key, lambda rows: _flat(self._forward(rows, packing)), [pixel_rows], constants))
+        outputs = self._plans.make(key, lambda rows: _flat(self._forward(rows, packing)), [pixel_rows], constants)
+        if pixel_rows.is_cuda and self._plans.has_tried(key):
+            # The next call may come on another stream, which would not wait for what was uploaded.
+            torch.cuda.current_stream(pixel_rows.device).synchronize()
+        return _packed(outputs)
 
 
 class PlannedLayer:
@@ -77,6 +83,16 @@ def _tensors(layer: LayerWeights) -> tuple[list[Tensor], tuple]:
     """A layer's, and all that kernels and grids depend on in them."""
     tensors = [leaf for leaf in tree_leaves(layer) if isinstance(leaf, Tensor)]
     return tensors, tuple(map(plans.kind, tensors))
+
+
+def _hold(plan: plans.Plan, device: torch.device) -> None:
+    """Has torch give the memory of the plan's packing to nobody, once the plan is gone, before what the current stream does
+    with it is done; it was allocated on another one, maybe."""
+    if device.type == "cuda" and (stream := torch.cuda.current_stream(device)) not in plan.streams:
+        plan.streams.add(stream)
+        for tensor in tree_leaves(plan.constants[-1]):
+            if isinstance(tensor, Tensor):
+                tensor.record_stream(stream)
 
 
 def _flat(outputs: PackedOutputs) -> tuple[Tensor | None, ...]:

@@ -99,7 +99,8 @@ class Plan:
 
     def __init__(self, recorder: Recorder, outputs: tuple[View | None, ...]):
         offsets, self.workspace = arrange(recorder.buffers)  # in bytes
-        self._constants = recorder.constants  # of which the launches have addresses
+        self.constants = recorder.constants  # of which the launches have addresses
+        self.streams: set[torch.cuda.Stream] = set()  # that it has run on, if somebody counts them
         self._outputs = [view and view.buffer for view in outputs]
         returned = {buffer for step in recorder.steps if isinstance(step, Call) for buffer in step.results}
         self._written = {view.buffer: view for view in outputs if view and view.buffer not in returned}

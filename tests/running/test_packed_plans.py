@@ -14,13 +14,14 @@ from gridded_towers import FAMILIES, INSTALLED
 from interpreted import Chosen, Compiled, planned, vendors
 from models import drop_in, stock_model
 from packed_towers import minicpm_strip, minicpm_tower, naflex_inputs, qwen3_vl_inputs, qwen3_vl_tower
+from torch.utils._pytree import tree_leaves
 from transformers import Siglip2VisionConfig
 
 import siglip_fast
 from siglip_fast.backends import triton as triton_backend
 from siglip_fast.backends.choice import Choice
 from siglip_fast.backends.select import for_graph
-from siglip_fast.running import plans
+from siglip_fast.running import packed_plans, plans
 from siglip_fast.running.packed_plans import PackedPlans
 
 LAYERS = 3
@@ -254,6 +255,22 @@ class TestSizesThatCameBefore:
             for _ in range(3):
                 outputs_of(model, call)
         assert len(model._current().kept(PackedPlans)._plans._plans) == 2
+
+    def test_the_packing_is_held_for_each_stream(self, monkeypatch):
+        """Once, by all of its tensors, or what a plan leaves would be somebody's while a stream still reads it."""
+        model, held, current = qwen3_vl(), [], [1]
+        for _ in range(2):
+            outputs_of(model, qwen3_vl_call(GRIDS))
+        (plan,) = model._current().kept(PackedPlans)._plans._plans.values()
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current[0])
+        monkeypatch.setattr(
+            torch.Tensor, "record_stream", lambda tensor, stream: held.append((tensor.data_ptr(), stream))
+        )
+        for current[0] in (1, 2, 1, 2):
+            packed_plans._hold(plan, torch.device("cuda"))
+        packing = [leaf.data_ptr() for leaf in tree_leaves(plan.constants[-1]) if isinstance(leaf, torch.Tensor)]
+        assert len(packing) > 4
+        assert held == [(address, stream) for stream in (1, 2) for address in packing]
 
     def test_what_cannot_be_planned_as_a_whole(self, monkeypatch):
         """Still layer by layer."""
