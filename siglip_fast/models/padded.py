@@ -128,11 +128,18 @@ class PaddedTower(Built, Sized):
 
     def _run(self, derived: Derived, pixel_values: Tensor, kwargs: dict[str, Any]) -> tuple[Outputs, Any]:
         """The outputs, and the hidden states, if they were asked for, of images that are not padded."""
-        p = self._patch_weight().shape[-1]
-        position = nearest(self.embeddings, pixel_values.shape[2] // p, pixel_values.shape[3] // p)
+        position = self._position(derived, pixel_values)
         kept = self._hidden_states(kwargs, self.config.num_hidden_layers)
         outputs = derived.run(pixel_values, position, kept)
         return outputs, kept and tuple(kept.kept)
+
+    def _position(self, derived: Derived, pixel_values: Tensor) -> Tensor:
+        """Of images of one size that are not padded, `[N, D]`."""
+        height, width = (side // self._patch_weight().shape[-1] for side in pixel_values.shape[2:])
+        if is_capturing(pixel_values):  # where what is to be kept cannot be made
+            return nearest(self.embeddings, height, width)
+        table, (begin,) = derived.kept(NearestPositions, self.embeddings).of([(height, width)])
+        return table[begin : begin + height * width]
 
     def _run_padded(self, derived: Derived, images: Images, kwargs: dict[str, Any]) -> tuple[Outputs, Any]:
         parts = []
