@@ -1,6 +1,6 @@
 """How the kernels here are launched and their outputs allocated: as usual, and while a recorder notes it.
 
-A recorder (`siglip_fast.running.plans.Recorder`) notes what one thread does, so that it can be done again without Triton's
+A recorder (`siglip_fast.running.recorder.Recorder`) notes what one thread does, so that it can be done again without Triton's
 launch path, which costs more than many a kernel.
 """
 

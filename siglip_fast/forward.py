@@ -74,6 +74,10 @@ Stream = tuple[Tensor, Tensor | None]  # hidden_states and their moments
 Layer = Callable[[Tensor, Tensor | None, LayerWeights], Stream]
 
 
+def _unplanned(layer: Layer) -> Layer:
+    return layer
+
+
 class PackedOutputs(NamedTuple):
     """`last_hidden_state [M or R, D]`; `pooler_output [B, D]` of a head, `[M / 4, out]` of a merger; `features`
     `[M / 4, out]`, one a tap."""
@@ -98,7 +102,8 @@ def forward(
     if parts := _parts(ops, pixel_values, len(position)):
         return _forward_in_parts(ops, weights, parts, position, collect)
     after = collect and (lambda layers, x, m: collect(x))
-    x, m = _stream(ops, weights, lambda: ops.patch_embed(pixel_values, weights.patch, position), None, after)
+    embed = lambda: ops.patch_embed(pixel_values, weights.patch, position)  # noqa: E731
+    x, m = _stream(ops, weights, embed, None, after, _unplanned)
     y = x if weights.post_layernorm is None else ops.layernorm(x, m, weights.post_layernorm)
     return y, _pooled(ops, weights, y)
 
@@ -110,10 +115,11 @@ def forward_packed(
     pixel_rows: Tensor,
     packing: Packing,
     collect: Callable[[Tensor], None] | None = None,
-    planned: Callable[[Layer], Layer] = lambda layer: layer,
+    planned: Callable[[Layer], Layer] = _unplanned,
 ) -> PackedOutputs:
     """`pixel_rows [R, K]` → outputs. `collect` is called with the residual stream `[M, D]` before the first layer and
-    after each; `planned` gives what runs in place of a layer, many times."""
+    after each; `planned`, of the function that runs a layer, gives what runs in its place: of those before a shrink, and of
+    those behind it."""
     features = []
 
     def after(layers: int, x: Tensor, m: Tensor | None) -> None:
@@ -135,7 +141,7 @@ def _stream(
     embed: Callable[[], Stream],
     packing: Packing | None,
     after: Callable[[int, Tensor, Tensor | None], None] | None,
-    planned: Callable[[Layer], Layer] = lambda layer: layer,
+    planned: Callable[[Layer], Layer],
 ) -> Stream:
     """The residual stream behind the last layer. `after` is called with it after 0, 1, … layers."""
     segments, rotation = (packing.segments, packing.rotation) if packing else (None, None)

@@ -17,7 +17,8 @@ logger = logging.getLogger("siglip_fast")
 
 # Of all threads together, 6 bytes each, in fp32 8: 729 tokens on 126 threads, 4096 on 64.
 _MOST_SCORES = 64 << 20
-_MOST_SHAPES = 64  # oneDNN keeps what it compiled to the end, up to 3 MB each
+# Of those with as many queries as keys, and of the others: oneDNN keeps what it compiled to the end, up to 3 MB each
+_MOST_SHAPES = 64
 _FLOAT32_TOKENS = range(65, 1297)  # with fewer and with more torch's kernel is as fast or faster
 _TYPES = {torch.bfloat16: "BFloat16", torch.float32: "Float"}
 
@@ -85,9 +86,14 @@ def _compiled_for(dtype: torch.dtype, *shape: int) -> Callable[[Tensor], Tensor]
     key = dtype, *shape
     if key not in _compiled:
         with _compiling:
-            if key not in _compiled and len(_compiled) < _MOST_SHAPES:
+            alike = [other for other in _compiled if _attends_to_all(*other) == _attends_to_all(*key)]
+            if key not in _compiled and len(alike) < _MOST_SHAPES:
                 _compiled[key] = _compile(dtype, *shape[:6])
     return _compiled.get(key)
+
+
+def _attends_to_all(dtype: torch.dtype, images: int, queries: int, keys: int, *_: int) -> bool:
+    return queries == keys
 
 
 def _compile(

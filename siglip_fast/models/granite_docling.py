@@ -85,7 +85,7 @@ class GraniteDoclingTower(TilesTower):
         hidden, _ = self._run(derived, pixel_values, states)
         for state in states.kept if kept else ():
             kept.collect(state)
-        return hidden, [states.kept[i] for i in sorted(tapped)]
+        return hidden, [state for i, state in enumerate(states.kept) if i in tapped]
 
 
 def _fast(home: types.ModuleType, stock: type[nn.Module]) -> type[nn.Module]:

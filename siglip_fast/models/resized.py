@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .weights import finish
 
 MOST_ROWS = 1 << 16  # that are kept: 150 MB of 1152 channels in bf16
+FEWEST_ROWS = 1 << 11  # that there is memory for
 
 
 class ResizedPositions:
@@ -31,7 +32,8 @@ class ResizedPositions:
         return math.prod(size)
 
     def _forget(self) -> None:
-        self._tables: list[Tensor] = []  # one, or none yet
+        self._table: Tensor | None = None
+        self._used = 0  # of its rows
         self._offsets: dict[tuple[int, ...], int] = {}
 
     def of(self, sizes: list[tuple[int, ...]]) -> tuple[Tensor, np.ndarray]:
@@ -39,21 +41,29 @@ class ResizedPositions:
         with self._lock:
             new = [*dict.fromkeys(size for size in sizes if size not in self._offsets)]
             if new:
-                if sum(map(len, self._tables)) + sum(self._rows(*size) for size in new) > MOST_ROWS:
+                if self._used + sum(self._rows(*size) for size in new) > MOST_ROWS:
                     self._forget()
                     new = [*dict.fromkeys(sizes)]
                 self._add(new)
-            return self._tables[0], np.array([self._offsets[size] for size in sizes])
+            return self._table, np.array([self._offsets[size] for size in sizes])
 
     def _add(self, sizes: list[tuple[int, ...]]) -> None:
-        tables, offsets = [*self._tables], {**self._offsets}
+        """Behind the rows in use. What reads these may go on, and launch plans that hold the table hold the one that others
+        use; where it has no room for the new ones, the next has twice as much."""
+        offsets, used = {**self._offsets}, self._used
         with torch.inference_mode(False), torch.no_grad():
-            for size, table in zip(sizes, self._resized(sizes), strict=True):
-                offsets[size] = sum(map(len, tables))
-                tables.append(table)
-            tables = [torch.cat(tables)]
-        finish(tables[0])
-        self._tables, self._offsets = tables, offsets  # both, or where something failed neither
+            new = [*self._resized(sizes)]
+            table, rows = self._table, used + sum(map(len, new))
+            if table is None or rows > len(table):
+                table = new[0].new_empty(max(FEWEST_ROWS, 1 << (rows - 1).bit_length()), new[0].shape[1])
+                if used:
+                    table[:used] = self._table[:used]
+            for size, own in zip(sizes, new, strict=True):
+                table[used : used + len(own)] = own
+                offsets[size] = used
+                used += len(own)
+        finish(table)
+        self._table, self._used, self._offsets = table, used, offsets  # all, or where something failed none
 
 
 class NaflexPositions(ResizedPositions):

@@ -2,7 +2,7 @@
 
 A plan holds compiled kernels, their grids and arguments, and where what they leave for each other lies in one piece of
 memory. Each forward takes that piece and its outputs from torch's allocator, so threads and streams share nothing, and
-no memory is kept between forwards. The addresses of weights are part of a plan, which is dropped together with the
+no memory of theirs is kept between forwards. The addresses of weights are part of a plan, which is dropped together with the
 derived weights that it was made on (`siglip_fast.models.weights.Derived`).
 """
 
@@ -38,16 +38,21 @@ def applies(tensor: Tensor) -> bool:
 
 
 class Plans:
-    """The latest plans of a model's forwards, by whatever tells them apart beside its weights."""
+    """The plans of a model's forwards that were used last, by whatever tells them apart beside its weights."""
 
     def __init__(self) -> None:
         self._plans: dict[Hashable, Plan | None] = {}  # None: what that forward does cannot be repeated
+        self._used: dict[Hashable, int] = {}
+        self._clock = itertools.count()
         self._lock = threading.Lock()
 
     def find(self, key: Hashable) -> "Plan | None":
         """The plan to launch by now, if there is one."""
         plan = self._plans.get(key)
-        return None if plan is None or is_profiled() else plan
+        if plan is None or is_profiled():
+            return None
+        self._used[key] = next(self._clock)
+        return plan
 
     def has_tried(self, key: Hashable) -> bool:
         """Whether one was made, or cannot be."""
@@ -61,8 +66,10 @@ class Plans:
             recorder = Recorder(inputs, constants)
             with recording(recorder):
                 outputs = forward(*inputs)
-            kept = [*self._plans.items()][1 - MOST :]  # the latest
-            self._plans = dict([*kept, (key, plan_of(recorder, outputs))])
+            self._used[key] = next(self._clock)
+            latest = sorted(self._plans, key=self._used.__getitem__)[max(0, len(self._plans) + 1 - MOST) :]
+            self._used = {key: self._used[key] for key in (*latest, key)}
+            self._plans = {key: self._plans[key] for key in latest} | {key: plan_of(recorder, outputs)}
             return outputs
         finally:
             self._lock.release()
@@ -100,7 +107,6 @@ class Plan:
     def __init__(self, recorder: Recorder, outputs: tuple[View | None, ...]):
         offsets, self.workspace = arrange(recorder.buffers)  # in bytes
         self.constants = recorder.constants  # of which the launches have addresses
-        self.streams: set[torch.cuda.Stream] = set()  # that it has run on, if somebody counts them
         self._outputs = [view and view.buffer for view in outputs]
         returned = {buffer for step in recorder.steps if isinstance(step, Call) for buffer in step.results}
         self._written = {view.buffer: view for view in outputs if view and view.buffer not in returned}

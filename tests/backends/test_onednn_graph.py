@@ -254,6 +254,9 @@ def test_so_many_shapes_and_no_more(calls, monkeypatch):
     for qkv in batches:
         assert_accurate(Ops("cpu").attention(qkv), qkv)
     assert calls == [batches[0].shape, batches[1].shape, batches[4].shape]
+    for n in (5, 6, 7, 8):  # of which there are so many beside the others
+        cpu.attention(random(2, n + 1, 3, 4, 16), n)
+    assert len(calls) == 6
 
 
 @needs_graph

@@ -93,8 +93,13 @@ _PACKED_PLANNED = {
         "odd_address",
     ),
     "all-sizes-the-same": ("key = sizes, plans", "key = None, plans", "squares"),
-    "planned-when-they-first-come": ("next(self._times(key)) == 0", "False", "'before and qwen3_vl and dtype0'"),
-    "not-as-a-whole-not-at-all": ("== 0 or self._plans.has_tried(key)", "== 0", "cannot_be_planned"),
+    "planned-when-they-first-come": ("next(self._times(key)) < TIMES", "False", "'before and qwen3_vl and dtype0'"),
+    "not-as-a-whole-not-at-all": ("or self._plans.has_tried(key)", "", "cannot_be_planned"),
+    "every-epsilon-the-first": (
+        "plans.kind(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves",
+        "plans.kind(leaf) for leaf in tensors",
+        "epsilon",
+    ),
     "profilers-see-nothing": ("run if plans.is_profiled() else PlannedLayer", "PlannedLayer", "'test_profilers'"),
     "more-remembered-than-kept": ("lru_cache(plans.MOST)", "lru_cache(None)", "so_many"),
 }

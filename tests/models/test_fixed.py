@@ -202,6 +202,14 @@ class TestGraniteDocling:
             ours.encode(pixels[..., :24])
 
     @torch.no_grad()
+    def test_taps_behind_layers_that_are_not_there(self, pixels):
+        """As -1 and 7 of three layers: stock leaves them out."""
+        stock = fixed_towers.granite_docling(deepstack_visual_indexes=[-1, 1, 7])
+        ours = apply_to(copy.deepcopy(stock), strict=True)
+        assert len(ours.encode(pixels)[1]) == 1
+        assert zoo.error(zoo.tensors(ours.encode(pixels)), zoo.tensors(stock.encode(pixels))) < 1e-4
+
+    @torch.no_grad()
     def test_autocast(self, stock, ours, pixels):
         with torch.autocast("cpu", torch.bfloat16):
             assert_equal(ours(pixels), stock(pixels), tolerance=0.02)

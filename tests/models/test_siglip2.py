@@ -1,6 +1,7 @@
 """The NaFlex drop-in against transformers' own class: every row of every image, whatever their sizes; what it delegates."""
 
 import copy
+import itertools
 
 import pytest
 import reference
@@ -16,6 +17,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import Siglip2VisionConfig
 
 import siglip_fast
+from siglip_fast.models.resized import NaflexPositions
 from siglip_fast.models.siglip2 import Siglip2VisionModel
 
 TINY = zoo.SIGLIP2_VISION  # a table of 4 × 4 positions, patches of 8 × 8 pixels
@@ -179,6 +181,21 @@ class TestWeights:
             for height in range(1, 9):
                 inputs = images([(height, 2), (2, height), (3, 3)], 16)
                 assert_equal(ours(**inputs), stock(**inputs))
+
+    @torch.no_grad()
+    def test_new_sizes_lie_behind_the_others(self, stock, monkeypatch):
+        """In the same table, which plans and calls may hold, until it has no room; then in one of twice the rows."""
+        monkeypatch.setattr("siglip_fast.models.resized.FEWEST_ROWS", 16)
+        ours, tables, first = drop_in(stock, strict=True), [], images([(1, 3), (2, 1)], 4)
+        for shape in ((1, 3), (2, 2), (3, 3), (4, 4), (8, 2), (7, 3)):
+            inputs = images([shape, (2, 1)], 22)
+            assert_equal(ours(**inputs), stock(**inputs))
+            assert_equal(ours(**first), stock(**first))
+            table, _ = ours._current().kept(NaflexPositions).of([shape])
+            tables.append(table)
+        sizes = [len(table) for table in tables]
+        assert sizes == [16, 16, 32, 64, 64, 128]
+        assert all((a is b) == (len(a) == len(b)) for a, b in itertools.pairwise(tables))
 
 
 def with_holes(inputs):
