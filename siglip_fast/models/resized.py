@@ -37,7 +37,7 @@ class ResizedPositions:
         self._offsets: dict[tuple[int, ...], int] = {}
 
     def of(self, sizes: list[tuple[int, ...]]) -> tuple[Tensor, np.ndarray]:
-        """`[P, D]`, and where in it the rows of each image begin."""
+        """`[P, D]`, with room for more behind, and where in it the rows of each image begin."""
         with self._lock:
             new = [*dict.fromkeys(size for size in sizes if size not in self._offsets)]
             if new:

@@ -78,7 +78,7 @@ def test_positions():
     expected = embeddings(inputs, target_sizes=sizes) - embeddings.patch_embedding(inputs).flatten(2).transpose(1, 2)
     positions = Positions(embeddings).on(torch.device("cpu"))
     actual, _ = positions.of([(side, 3) for side in sides])
-    torch.testing.assert_close(actual, expected[0], atol=1e-5, rtol=0)
+    torch.testing.assert_close(actual[: len(expected[0])], expected[0], atol=1e-5, rtol=0)
 
 
 class TestForms:
