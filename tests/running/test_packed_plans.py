@@ -255,7 +255,7 @@ class TestSizesThatCameBefore:
         """A round of more sizes than are kept is launched layer by layer, and not recorded in vain."""
         monkeypatch.setattr(plans, "MOST", 2)
         model, calls = qwen3_vl(), [qwen3_vl_call([(frames, 2, 2)]) for frames in (1, 2, 3)]
-        for call in 2 * calls:
+        for call in 3 * calls:
             check(model, call)
         assert not model._current().kept(PackedPlans)._plans._plans
 
