@@ -213,7 +213,7 @@ def any_size(name: str) -> str:
         # Masks and padding are looked at on the device: with fewer pixels a CPU is as good as done with it.
         config.patch_size, inputs["pixel_values"] = 2, inputs["pixel_values"][..., :12].contiguous()
     model = siglip_fast.apply_to(zeros(lambda: architecture(config)), backend="triton", strict=True)
-    inputs = {key: value.bfloat16() if value.is_floating_point() else value for key, value in inputs.items()}
+    inputs = packed_launches.in_bf16(inputs)
     for _ in range(3):
         model(**inputs)
     planned = model._current().kept(PackedPlans)

@@ -129,7 +129,7 @@ def count_of(model: nn.Module, inputs: dict[str, Any], ours: bool) -> Count:
     """Of a forward of a stock tower in bf16, or of it made fast."""
     if ours:
         siglip_fast.apply_to(model, backend="triton", strict=True)
-    inputs = tree_map_only(Tensor, lambda t: t.bfloat16() if t.is_floating_point() else t, inputs)
+    inputs = in_bf16(inputs)
     # Under the mode that counts ours would rather run stock's code.
     unseen = mock.patch.object(siglip_fast.models.reasons, "mode_reason", lambda: None)
     with unseen:
@@ -140,6 +140,11 @@ def count_of(model: nn.Module, inputs: dict[str, Any], ours: bool) -> Count:
             model(**inputs)
     sized = sum(launch.name in SIZED_BY_VALUES for launch in counter.launches)
     return Count(len(counter.launches), len(asked) + sized, sum(launch.activations for launch in counter.launches))
+
+
+def in_bf16(inputs: dict[str, Any]) -> dict[str, Any]:
+    """Those of its tensors that are floating, wherever they are in it."""
+    return tree_map_only(Tensor, lambda t: t.bfloat16() if t.is_floating_point() else t, inputs)
 
 
 def _derived(model: nn.Module) -> list[Tensor]:

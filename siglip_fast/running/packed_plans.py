@@ -1,7 +1,7 @@
 """Launch plans for images of any size: of the whole forward for sizes that come again, of a layer for all others.
 
-Most mixes of sizes never come again, so a plan of theirs would be made in vain; some come all the time. But the layers of a call are alike: what
-its first layer launches, the later ones launch with their own weights.
+Most mixes of sizes never come again, so a plan of theirs would be made in vain; some come all the time. But the layers of
+a call are alike: what its first layer launches, the later ones launch with their own weights.
 """
 
 import functools
@@ -13,12 +13,9 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from siglip_fast.kernels.launch import recording
-
 from ..backends.select import is_capturing
 from ..forward import Layer, LayerWeights, PackedOutputs, Packing, Stream, TowerWeights
 from . import plans
-from .recorder import Recorder
 
 TIMES = 3  # that sizes have to come
 
@@ -92,10 +89,9 @@ class PlannedLayer:
             return plan(x, m, *tensors)
         if key in self._plans:
             return self._run(x, m, layer)
-        recorder = Recorder([x, m, *tensors], self._packing)
-        with recording(recorder):
-            outputs = self._run(x, m, layer)
-        self._plans[key] = plans.plan_of(recorder, outputs)
+        outputs, self._plans[key] = plans.recorded(
+            lambda x, m, *_: self._run(x, m, layer), [x, m, *tensors], self._packing
+        )
         return outputs
 
 

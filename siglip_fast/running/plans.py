@@ -63,13 +63,11 @@ class Plans:
         if key in self._plans or is_capturing(inputs[0]) or not self._lock.acquire(blocking=False):
             return forward(*inputs)
         try:
-            recorder = Recorder(inputs, constants)
-            with recording(recorder):
-                outputs = forward(*inputs)
+            outputs, plan = recorded(forward, inputs, constants)
             self._used[key] = next(self._clock)
             latest = sorted(self._plans, key=self._used.__getitem__)[max(0, len(self._plans) + 1 - MOST) :]
             self._used = {key: self._used[key] for key in (*latest, key)}
-            self._plans = {key: self._plans[key] for key in latest} | {key: plan_of(recorder, outputs)}
+            self._plans = {key: self._plans[key] for key in latest} | {key: plan}
             return outputs
         finally:
             self._lock.release()
@@ -92,13 +90,16 @@ def is_profiled() -> bool:
     return any(getattr(hook, "calls", hook) for hook in (runtime.launch_enter_hook, runtime.launch_exit_hook))
 
 
-def plan_of(recorder: Recorder, outputs: tuple[Tensor | None, ...]) -> "Plan | None":
-    """None where what was recorded cannot be repeated."""
+def recorded(forward: Forward, inputs: Sequence[Tensor], constants: Any) -> "tuple[tuple, Plan | None]":
+    """`forward(*inputs)`, and its plan, None where it cannot be repeated; `constants` is what else it reads."""
+    recorder = Recorder(inputs, constants)
+    with recording(recorder):
+        outputs = forward(*inputs)
     views = tuple(map(recorder.output, outputs))
     if recorder.reason:
         logger.debug("no launch plan: %s", recorder.reason)
-        return None
-    return Plan(recorder, views)
+        return outputs, None
+    return outputs, Plan(recorder, views)
 
 
 class Plan:

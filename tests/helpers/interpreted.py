@@ -6,17 +6,22 @@ address is a wrong result, or a crash.
 
 import contextlib
 import ctypes
+import gc
 import inspect
 import threading
+import weakref
 from collections.abc import Iterator
 from unittest import mock
 
+import pytest
 import torch
+from device import ON_GPU
 from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from siglip_fast.backends.choice import DEFAULT, Choice
+from siglip_fast.models.base import Fused
 from siglip_fast.running import plans
 
 _interpreting = threading.Lock()  # Triton's interpreter serves one thread at a time
@@ -84,6 +89,24 @@ def planned() -> Iterator[None]:
     ):
         Compiled.launched = 0
         yield
+
+
+def in_place_of_a_gpu(needs_one: bool) -> contextlib.AbstractContextManager:
+    """`planned()` where there is no GPU; on one those tests alone run that need it."""
+    if ON_GPU and not needs_one:
+        pytest.skip("the interpreter stands for compiled kernels here")
+    return contextlib.nullcontext() if ON_GPU else planned()
+
+
+def assert_freed_at_once(model: Fused) -> None:
+    """What was derived from its weights, when it is dropped."""
+    derived = weakref.ref(model._current())
+    gc.disable()
+    try:
+        model.forget_derived()
+        assert derived() is None, "freed by the garbage collector only"
+    finally:
+        gc.enable()
 
 
 class Chosen:

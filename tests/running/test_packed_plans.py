@@ -1,17 +1,12 @@
 """Calls on images of any size, launched by plans, give the bits of those launched operation by operation: a new mix of sizes
 layer by layer as its first layer was, one that came before as a whole."""
 
-import contextlib
-import gc
-import weakref
-
 import gridded_towers
 import pytest
 import torch
 import zoo
-from device import ON_GPU
 from gridded_towers import FAMILIES, INSTALLED
-from interpreted import Chosen, Compiled, planned, vendors
+from interpreted import Chosen, Compiled, assert_freed_at_once, in_place_of_a_gpu, vendors
 from models import drop_in, stock_model
 from packed_towers import minicpm_strip, minicpm_tower, naflex_inputs, qwen3_vl_inputs, qwen3_vl_tower
 from torch.utils._pytree import tree_leaves
@@ -31,9 +26,7 @@ GRIDS = [(1, 2, 4), (1, 2, 2)]
 
 @pytest.fixture(autouse=True)
 def interpreted(request):
-    if ON_GPU and request.function is not test_on_a_gpu:
-        pytest.skip("the interpreter stands for compiled kernels here")
-    with contextlib.nullcontext() if ON_GPU else planned():
+    with in_place_of_a_gpu(request.function is test_on_a_gpu):
         yield
 
 
@@ -273,7 +266,7 @@ class TestSizesThatCameBefore:
         for _ in range(3):
             outputs_of(model, qwen3_vl_call(GRIDS))
         planned = model._current().kept(PackedPlans)
-        (plan,) = model._current().kept(PackedPlans)._plans._plans.values()
+        (plan,) = planned._plans._plans.values()
         monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current[0])
         monkeypatch.setattr(
             torch.Tensor, "record_stream", lambda tensor, stream: held.append((tensor.data_ptr(), stream))
@@ -294,10 +287,4 @@ class TestSizesThatCameBefore:
     def test_nothing_is_kept_of_dropped_weights(self):
         model = qwen3_vl()
         self.again(model, qwen3_vl_call(GRIDS), "hidden_states")
-        derived = weakref.ref(model._current())
-        gc.disable()
-        try:
-            model.forget_derived()
-            assert derived() is None, "freed by the garbage collector only"
-        finally:
-            gc.enable()
+        assert_freed_at_once(model)

@@ -1,6 +1,5 @@
 """Launch plans give the bits of the forward that they were made from, whatever memory they run in, and go with its weights."""
 
-import contextlib
 import gc
 import threading
 import weakref
@@ -8,8 +7,7 @@ import weakref
 import pytest
 import torch
 import triton
-from device import ON_GPU
-from interpreted import Chosen, Compiled, planned, vendors
+from interpreted import Chosen, Compiled, assert_freed_at_once, in_place_of_a_gpu, vendors
 from models import TINY, drop_in, stock_model
 from torch.utils._pytree import tree_leaves
 from transformers import SiglipVisionConfig
@@ -22,9 +20,7 @@ from siglip_fast.running.recorder import ALIGNMENT, Recorder, arrange
 
 @pytest.fixture(autouse=True)
 def interpreted(request):
-    if ON_GPU and request.function is not test_on_a_gpu:
-        pytest.skip("the interpreter stands for compiled kernels here")
-    with contextlib.nullcontext() if ON_GPU else planned():
+    with in_place_of_a_gpu(request.function is test_on_a_gpu):
         yield
 
 
@@ -268,13 +264,7 @@ def test_edits_are_seen(model):
 
 def test_nothing_is_kept_of_dropped_weights(model):
     check(model, images(2))
-    derived = weakref.ref(model._current())
-    gc.disable()
-    try:
-        model.forget_derived()
-        assert derived() is None, "freed by the garbage collector only"
-    finally:
-        gc.enable()
+    assert_freed_at_once(model)
 
 
 def test_no_memory_between_forwards(model):
